@@ -7,7 +7,7 @@ a sum over its bandwidths, never a mean. Half types are promoted to float32, flo
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_functional
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -25,6 +25,17 @@ def gather(features: Tensor) -> Tensor:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return features
     return torch.cat(dist_functional.all_gather(features.contiguous()))
+
+
+def average_gradients(*modules: nn.Module) -> None:
+    """Average the gradients of modules over processes, after backward; on one process do nothing."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        grads = [p.grad for module in modules for p in module.parameters() if p.grad is not None]
+        mean = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
+        for grad, part in zip(grads, mean.split([grad.numel() for grad in grads])):
+            grad.copy_(part.view_as(grad))
 
 
 # --- squared distances ---------------------------------------------------------------------------

@@ -1,0 +1,223 @@
+"""The machinery of a run that a reader skips: arguments, processes, run folder, checkpoint, signals."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from torch.utils._pytree import tree_leaves
+
+# What a resumed run may change; anything else would make it another run.
+MAY_CHANGE = {"total_steps", "log_every", "sample_every", "eval_every", "save_every", "device", "compile"}
+MAY_CHANGE |= {"runs_dir", "data_dir", "inception_weights", "track", "resume", "eval_only"}
+MAY_CHANGE |= {"eval_samples", "eval_features", "eval_split"}
+
+
+class BadInput(Exception):
+    """Something the user gave cannot be used. One line: what, the value, what would be right."""
+
+
+class Failed(Exception):
+    """The run cannot go on, through no fault of the command line. One line."""
+
+
+def require(ok: bool, what: str, value: object, expected: str) -> None:
+    """Raise BadInput unless ok: require(n > 0, "--n-critic", n, "at least 1")."""
+    if not ok:
+        raise BadInput(f"{what} is {value}, but should be {expected}")
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
+def main(train, args_class: type) -> None:
+    """Parse the command line and train; an error is one line on stderr and an exit status."""
+    try:
+        train(parse(args_class))
+    except (BadInput, Failed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, BadInput) else 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def parse(args_class: type, argv: list[str] | None = None):
+    """Return the arguments of a command line; with --resume, those of its run where none is given."""
+    args = tyro.cli(args_class, args=argv)
+    if args.resume is None:
+        return args
+    try:
+        saved = json.loads(Path(args.resume, "args.json").read_text())
+        saved = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+        default = args_class(**saved | {"resume": args.resume, "eval_only": False})
+    except (OSError, TypeError, AttributeError, ValueError) as error:
+        raise BadInput(f"--resume {args.resume}: not a run folder of this script ({error})") from error
+    return tyro.cli(args_class, args=argv, default=default)
+
+
+def resolve(args, *tables: dict):
+    """Return args with each None replaced from the tables (the last that has it), the run block checked."""
+    values = {key: value for table in tables for key, value in table.items()}
+    args = dataclasses.replace(args, **{k: v for k, v in values.items() if getattr(args, k) is None})
+    positive = ("total_steps", "batch_size", "width", "eval_samples", "image_size")
+    for name in (*positive, "log_every", "sample_every", "eval_every", "save_every", "seed"):
+        value, least = getattr(args, name), int(name in positive)
+        require(value is None or value >= least, f"--{name.replace('_', '-')}", value, f"at least {least}")
+    require(0 <= args.ema_decay < 1, "--ema-decay", args.ema_decay, "in [0, 1)")
+    require(not args.eval_only or args.resume, "--eval-only", "given alone", "given with --resume RUN")
+    return args
+
+
+# --- processes and signals -----------------------------------------------------------------------
+
+
+def start(device: str) -> tuple[torch.device, int, int]:
+    """Return device, rank and world size; under torchrun, join the other processes first."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BadInput(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, rank, world_size
+
+
+def mix(*numbers: int) -> int:
+    """Return a 63-bit seed on which every bit of every number has a bearing (NumPy's SeedSequence)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class StopSignal:
+    """Becomes true at SIGTERM or Ctrl-C, so that the step is finished and saved; a second one kills."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        with contextlib.suppress(ValueError):  # handlers can be set in the main thread only
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def __bool__(self) -> bool:
+        return self.number != 0
+
+    def leave(self, folder: Path, step: int) -> None:
+        """Exit with the status that the signal has by convention, saying how to go on."""
+        print(f"stopped by signal {self.number} after step {step}; go on with --resume {folder}")
+        sys.exit(128 + self.number)
+
+
+def check_finite(names: tuple[str, ...], first_bad: torch.Tensor) -> None:
+    """Raise Failed if a loss was not finite; first_bad (n,) has the first such step of each, or 0."""
+    for name, step in zip(names, first_bad.tolist()):
+        if step:
+            raise Failed(f"the {name} loss was not finite at step {step}; the last checkpoint is good")
+
+
+# --- run folder and checkpoint -------------------------------------------------------------------
+
+
+def make_folder(args, script: str, rank: int) -> Path:
+    """Make runs/{dataset}__{script}__{seed}__{time}/ with args.json; with --resume, return to that run's."""
+    name = f"{args.dataset.replace(':', '-').replace('/', '-')}__{script}__{args.seed}"
+    first = Path(args.resume or Path(args.runs_dir, f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"))
+    folder, again = first, 1
+    if rank > 0:
+        return folder  # of which only the first process knows the true name, and writes to it
+    try:
+        while args.resume is None:
+            try:
+                folder.mkdir(parents=True)
+                break
+            except FileExistsError:  # another run, started in the same second
+                folder, again = first.with_name(f"{first.name}-{again}"), again + 1
+        (folder / "samples").mkdir(exist_ok=True)
+        (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+    except OSError as error:
+        raise BadInput(f"run folder {folder} cannot be written: {error}") from error
+    return folder
+
+
+class Silent:
+    """A writer that writes nothing: every process but the first has one."""
+
+    def __getattr__(self, name: str):
+        return lambda *args, **kwargs: None
+
+
+def make_writer(folder: Path, args, step: int, rank: int):
+    """Return a TensorBoard writer, which takes back what a killed run wrote after its last checkpoint."""
+    if rank > 0:
+        return Silent()
+    from torch.utils.tensorboard import SummaryWriter
+
+    if args.track:
+        import wandb
+
+        wandb.init(project="mmd", name=folder.name, id=folder.name, resume="allow", sync_tensorboard=True)
+    writer = SummaryWriter(folder, purge_step=step + 1)
+    rows = [f"|{key}|{value}|" for key, value in dataclasses.asdict(args).items()]
+    writer.add_text("arguments", "\n".join(["|argument|value|", "|-|-|", *rows]), step)
+    return writer
+
+
+def save_checkpoint(folder: Path, args, script: str, step: int, models: dict, rank: int) -> None:
+    """Write folder/checkpoint.pt whole or not at all; what is not finite never enters one (Failed)."""
+    if rank > 0:
+        return
+    state = {name: model.state_dict() for name, model in models.items()}
+    path, partial = folder / "checkpoint.pt", folder / "checkpoint.partial"
+    if not all(t.isfinite().all() for t in tree_leaves(state) if isinstance(t, torch.Tensor)):
+        raise Failed(f"weights were not finite at step {step}; {path} is the last good state")
+    try:
+        with open(partial, "wb") as file:
+            torch.save({"script": script, "args": dataclasses.asdict(args), "step": step} | state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        raise Failed(f"{partial} could not be written ({error}); {path} is the last good state") from error
+
+
+def load_checkpoint(args, script: str, models: dict) -> int:
+    """Put the checkpoint of --resume into models and return its step; without --resume return 0.
+
+    Nothing in the file is executed. Another script's, or one of other arguments, is refused (BadInput).
+    """
+    if args.resume is None:
+        return 0
+    path = Path(args.resume, "checkpoint.pt")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved, saved_script = state["args"], state["script"]
+    except Exception as error:
+        raise BadInput(f"--resume: {path} is missing, damaged or no checkpoint ({error!r:.90})") from error
+    require(saved_script == script, "--resume", args.resume, f"a run of {script}.py, not {saved_script}.py")
+    changed = [
+        f"--{key.replace('_', '-')} {value} (was {saved.get(key)})"
+        for key, value in dataclasses.asdict(args).items()
+        if key not in MAY_CHANGE and value != saved.get(key)
+    ]
+    require(not changed, "--resume", args.resume, f"without a change of {', '.join(changed)}")
+    for name, model in models.items():
+        model.load_state_dict(state[name])
+    return state["step"]

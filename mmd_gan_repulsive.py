@@ -1,0 +1,436 @@
+"""Improving MMD-GAN Training with Repulsive Loss Function (Wang, Sun & Halgamuge, ICLR 2019; [W]).
+
+The critic D maps images to R^d, and every expectation is that of a kernel k on its outputs; x, x' are
+real, y, y' are fake. Both players minimise:
+
+    generator   L_G  = E k(x, x') - 2 E k(x, y) + E k(y, y')                               Eq. (2)
+    critic      L_D  = lambda E k(x, x') - (lambda - 1) E k(x, y) - E k(y, y')             Eq. (5)
+
+lambda = -1 is the attractive loss of MMD-GAN, Eq. (3); lambda = 1 the repulsive loss, Eq. (4), which
+pushes real pairs apart. rbf-b bounds the distances of the critic's kernel only, Eqs. (6), (7). Each layer
+of D is divided by its spectral norm, found by power iteration on the convolution itself (PICO,
+Appendix C). Real and fake pass D together, and both gradients come from one forward pass.
+
+Published (Table 1, CIFAR-10, best of 16 pairs of learning rates): MMD-rep FID 16.65, IS 7.99; MMD-rep-b
+16.21, 8.29; MMD-rbf 28.38, 7.05. With the gain that is the default here (Table S3): 17.00 and 16.65.
+
+Deviations from the paper [P] and from the authors' code [C]:
+  1. Gain per layer 64^(1/K) for K layers: [C] and Table S3. [P]'s main text: --sn-gain 1.818.
+  2. The norm is taken after the step of power iteration and not before it, and its vector starts
+     normalised, after 20 steps; in [C] it starts unnormalised, which divides the first weights by up to 159.
+  3. rbf-b for every lambda: a pair that the critic pushes apart has its d2 bounded above, one that it
+     pulls together below. This is Eq. (6) at -1 and Eq. (7) at 1; between 0 and 1 [P] has no rule, and
+     [C] leaves the cross term unbounded.
+  4. With --kernel rbf and lambda = -1, [P]'s MMD-rbf takes --bandwidths 1 1.414 2 2.828 4; the default
+     is the single 1 of its Figure 3.
+  5. Linear first layer of the generator for every image size: [P]; [C] has batch norm there at 48x48.
+  6. Networks of one to four levels for images of 8 to 127 pixels, and MLPs for toys: ours.
+  7. The gradient-penalised variant of Appendix D.1 is not here: [C] never calls it.
+
+Usage:
+    python mmd_gan_repulsive.py
+    python mmd_gan_repulsive.py --dataset cifar10 --kernel rbf-b
+    python mmd_gan_repulsive.py --dataset folder:photos --image-size 64
+"""
+
+# --- imports ---------------------------------------------------------------------------------------
+
+import copy
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from common import datasets, evaluation, kernels, run
+
+# --- arguments -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Args:
+    """Where None is the default, the value is that of DEFAULTS for the data set."""
+
+    # --- run ---
+    dataset: str = "digits"  # a name in the README's table of data sets, or folder:PATH
+    data_dir: str = "data"  # folder that holds the data sets, and that they are downloaded to
+    image_size: int | None = None  # side in pixels to which images are resized
+    total_steps: int | None = None  # generator updates: the unit of everything that counts steps
+    batch_size: int | None = None  # real samples per update, over all processes
+    seed: int = 1  # seeds weights, order of the data, and noise
+    device: str = "auto"  # a torch device; auto is cuda where there is one, else cpu
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: networks under autocast, losses in float32
+    compile: bool = False  # torch.compile the networks where no double backward is needed
+    width: int | None = None  # base channel count of the networks; on toys, units of a hidden layer
+    ema_decay: float = 0.0  # sample from a moving average of the generator, with this decay; 0 is off
+    log_every: int = 100  # steps between points of the curves; 0 is never; the last step always logs
+    sample_every: int = 500  # steps between pictures; 0 is never; the last step always draws one
+    eval_every: int | None = None  # steps between evaluations, the last step included; 0 is never
+    save_every: int = 1000  # steps between checkpoints; 0 is never; the last step always saves
+    eval_samples: int = 50_000  # images per evaluation, at most those of the reference; toys take 2000
+    eval_features: Literal["pixels", "inception"] | None = None  # inception gives FID and KID
+    eval_split: Literal["train", "test", "all"] | None = None  # the reference images
+    inception_weights: str | None = None  # file of torch-fidelity's weights (None: torch.hub's copy)
+    sample_bn: Literal["running", "batch"] | None = None  # batch norm's statistics when sampling
+    runs_dir: str = "runs"  # folder of run folders
+    resume: str | None = None  # run folder to go on from, with its arguments
+    eval_only: bool = False  # with --resume: evaluate, draw a picture, write samples.npz, stop
+    track: bool = False  # mirror the curves to Weights & Biases
+
+    # --- method ---
+    loss: Literal["mmd", "hinge", "non-saturating"] = "mmd"  # the last two: [P]'s baselines (App. B.1)
+    repulsion: float = 1.0  # lambda of Eq. (5): -1 attractive (MMD-GAN), 1 repulsive
+    kernel: Literal["rbf", "rbf-b", "rq"] = "rbf"  # rbf-b bounds the critic's kernel, Eqs. (6), (7)
+    bandwidths: tuple[float, ...] | None = None  # sigma of rbf (None: 1), alpha of rq (.2 .5 1 2 5); summed
+    feature_dim: int | None = None  # dimension d of the critic's output
+    spectral_norm: Literal["pico", "pim"] = "pico"  # of the convolution, or of its reshaped kernel
+    sn_gain: float | None = None  # C, factor on each normalised weight (None: 64^(1/K) for K layers)
+    latent_dim: int | None = None  # dimension of the generator's input z ~ N(0, I)
+    learning_rate: float | None = None  # of the generator
+    critic_learning_rate: float | None = None  # of the critic
+    beta1: float = 0.5  # Adam's first moment, both players
+    beta2: float = 0.999  # Adam's second moment, both players
+
+
+# [P] section 5.1; learning rates: the authors' scripts, which are the best cells of Table S3.
+DEFAULTS = {
+    "images": dict(
+        image_size=64, total_steps=100_000, batch_size=64, width=64, feature_dim=16, latent_dim=128,
+        learning_rate=2e-4, critic_learning_rate=1e-4, eval_every=12_500, eval_features="inception",
+        eval_split="train", sample_bn="running",
+    ),
+    "cifar10": dict(image_size=32, critic_learning_rate=5e-4),
+    "mnist": dict(image_size=28, critic_learning_rate=5e-4, eval_features="pixels"),  # ours
+    "fashion-mnist": dict(image_size=28, critic_learning_rate=5e-4, eval_features="pixels"),  # ours
+    "digits": dict(image_size=8, total_steps=2000, width=32, eval_every=500, eval_features="pixels"),  # ours
+    "toys": dict(total_steps=10_000, batch_size=256, width=512, latent_dim=2, eval_every=1000),  # ours
+}  # fmt: skip
+VALUE_RANGE = (-1.0, 1.0)
+SCRIPT = Path(__file__).stem
+
+# --- networks --------------------------------------------------------------------------------------
+
+
+def levels(side: int) -> int:
+    """Return how often an image is halved: 1 for 8x8, 3 for 32x32 (down to 4x4) and 48x48 (to 6x6)."""
+    n = side.bit_length() - 3
+    run.require(n >= 1 and side % 2**n == 0, "--image-size", side, "4, 5, 6 or 7 times 2, 4, 8, ...")
+    return n
+
+
+class Generator(nn.Module):
+    """z (B, latent_dim) -> samples (B, *shape) in [-1, 1]; Tables S1 and S2 (a)."""
+
+    def __init__(self, shape: tuple[int, ...], latent_dim: int, width: int) -> None:
+        super().__init__()
+        if len(shape) == 1:
+            sizes = [latent_dim, width, width, width]
+            hidden = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.ReLU())]
+            self.layers = nn.Sequential(*hidden, nn.Linear(width, *shape))
+            return
+        n = levels(shape[1])
+        start = (width * 2**n, shape[1] >> n, shape[2] >> n)
+        layers = [nn.Linear(latent_dim, start[0] * start[1] * start[2]), nn.Unflatten(1, start)]
+        for c in (width * 2**i for i in reversed(range(n))):
+            layers += [nn.ConvTranspose2d(2 * c, c, 4, 2, 1, bias=False), nn.BatchNorm2d(c, 1e-3, 0.01)]
+            layers += [nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, shape[0], 3, 1, 1), nn.Tanh())
+        for m in self.layers:
+            if isinstance(m, nn.ConvTranspose2d):
+                nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+            elif isinstance(m, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layers(z)
+
+
+class SpectralNorm(nn.Module):
+    """Parametrisation W -> gain * W / sigma(W), with one step of power iteration per training forward.
+
+    pico: sigma is the norm of the convolution on inputs of in_shape, Appendix C.1. Otherwise, and for
+    dense layers, that of the kernel reshaped to (c_out, c_in * h * w).
+    """
+
+    def __init__(self, layer: nn.Module, in_shape: tuple[int, ...], gain: float, pico: bool) -> None:
+        super().__init__()
+        self.gain, self.is_conv = gain, pico and isinstance(layer, nn.Conv2d)
+        if self.is_conv:
+            self.stride, self.padding = layer.stride, layer.padding
+            sizes = zip(in_shape[1:], layer.padding, layer.kernel_size, layer.stride)
+            self.rest = [(s + 2 * p - k) % t for s, p, k, t in sizes]  # rows that the last stride leaves out
+        v = torch.randn(1, *in_shape) if self.is_conv else torch.randn(1, layer.weight[0].numel())
+        self.register_buffer("v", v / v.norm())
+        self.iterate(layer.weight.detach(), 20)
+
+    def operator(self, w: Tensor, v: Tensor) -> Tensor:
+        return F.conv2d(v, w, None, self.stride, self.padding) if self.is_conv else v @ w.flatten(1).T
+
+    def adjoint(self, w: Tensor, u: Tensor) -> Tensor:
+        if self.is_conv:
+            return F.conv_transpose2d(u, w, None, self.stride, self.padding, self.rest)
+        return u @ w.flatten(1)
+
+    @torch.no_grad()
+    def iterate(self, w: Tensor, steps: int) -> None:
+        for _ in range(steps):
+            u = self.operator(w, self.v)
+            v = self.adjoint(w, u / (u.norm() + 1e-10))
+            self.v.copy_(v / (v.norm() + 1e-10))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):
+            if self.training:
+                self.iterate(weight, 1)
+            sigma = self.operator(weight, self.v.clone()).norm()  # differentiated by W, v is constant
+            return weight * (self.gain / (sigma + 1e-10))
+
+
+class Critic(nn.Module):
+    """Samples (B, *shape) -> features (B, feature_dim); Tables S1 and S2 (b), K = depth(shape) layers."""
+
+    def __init__(self, shape: tuple[int, ...], feature_dim: int, width: int, gain: float, pico: bool) -> None:
+        super().__init__()
+        if len(shape) == 1:
+            layers = [nn.Linear(*shape, width), nn.Linear(width, width), nn.Linear(width, width)]
+            size = width
+        else:
+            layers, n = [nn.Conv2d(shape[0], width, 3, 1, 1)], levels(shape[1])
+            for c in (width * 2**i for i in range(n)):
+                layers += [nn.Conv2d(c, 2 * c, 4, 2, 1), nn.Conv2d(2 * c, 2 * c, 3, 1, 1)]
+            size = (width << n) * (shape[1] >> n) * (shape[2] >> n)
+        last = nn.Linear(size, feature_dim)
+        x = torch.zeros(1, *shape)  # passed through, to know the shape that each convolution sees
+        for layer in (*layers, last):
+            nn.init.xavier_uniform_(layer.weight) if layer is last else nn.init.kaiming_normal_(
+                layer.weight, a=0.1
+            )
+            nn.init.zeros_(layer.bias)
+            norm = SpectralNorm(layer, x.shape[1:], gain, pico)
+            x = layer(x.flatten(1) if layer is last else x).detach()
+            nn.utils.parametrize.register_parametrization(layer, "weight", norm)
+        hidden = [module for layer in layers for module in (layer, nn.LeakyReLU(0.1))]
+        self.layers = nn.Sequential(*hidden, nn.Flatten(), last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def depth(shape: tuple[int, ...]) -> int:
+    """Return K, the number of the critic's layers: 8 for 32x32 and 48x48, 10 for 64x64."""
+    return 4 if len(shape) == 1 else 2 * levels(shape[1]) + 2
+
+
+# --- losses ----------------------------------------------------------------------------------------
+
+LOWER_BOUND, UPPER_BOUND = 0.25, 4.0  # b_l and b_u of squared distances, section 4.1
+
+
+def bounded(d2_xx: Tensor, d2_xy: Tensor, d2_yy: Tensor, repulsion: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the squared distances (n, n) that rbf-b sees: Eq. (6) for lambda < 0, Eq. (7) for lambda = 1.
+
+    Pairs that the critic pulls together are clamped below at b_l, pairs that it pushes apart above at b_u.
+    """
+    d2_xx = d2_xx.clamp_max(UPPER_BOUND) if repulsion > 0 else d2_xx.clamp_min(LOWER_BOUND)
+    d2_xy = d2_xy.clamp_max(UPPER_BOUND) if repulsion < 1 else d2_xy.clamp_min(LOWER_BOUND)  # Deviation 3
+    return d2_xx, d2_xy, d2_yy.clamp_min(LOWER_BOUND)
+
+
+def critic_loss(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor, repulsion: float) -> Tensor:
+    """Return L_D of Eq. (5), minimised: lambda E k(x, x') - (lambda - 1) E k(x, y) - E k(y, y').
+
+    Gram matrices (n, n); all three means leave out the diagonal (Eq. S4). For one kernel in [-1, 1].
+    """
+    mean_xx, mean_xy, mean_yy = map(kernels.off_diagonal_mean, (k_xx, k_xy, k_yy))
+    return repulsion * mean_xx - (repulsion - 1) * mean_xy - mean_yy
+
+
+def generator_loss(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor) -> Tensor:
+    """Return L_G of Eq. (2) for Gram matrices (n, n), the U-statistic of MMD^2 (Eq. S4); may be negative."""
+    return kernels.mmd2(k_xx, k_xy, k_yy, "u-statistic")
+
+
+def losses(real_feat: Tensor, fake_feat: Tensor, args: Args) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return critic loss, generator loss and the means of the Gram blocks, for features (n, d)."""
+    if args.loss == "hinge":
+        c_loss = F.relu(1 - real_feat).mean() + F.relu(1 + fake_feat).mean()
+        return c_loss, -fake_feat.mean(), {}
+    if args.loss == "non-saturating":
+        c_loss = F.softplus(-real_feat).mean() + F.softplus(fake_feat).mean()
+        return c_loss, F.softplus(-fake_feat).mean(), {}
+    kernel = kernels.RADIAL[args.kernel.removesuffix("-b")]
+    d2 = kernels.squared_distance_blocks(real_feat, fake_feat)
+    gram = [kernel(block, args.bandwidths) for block in d2]  # k_xx, k_xy, k_yy
+    critic_gram = gram
+    if args.kernel == "rbf-b":  # the critic's only: the generator keeps a true MMD, section 4.1
+        critic_gram = [kernel(block, args.bandwidths) for block in bounded(*d2, args.repulsion)]
+    means = {name: kernels.off_diagonal_mean(k) for name, k in zip(("k_xx", "k_xy", "k_yy"), gram)}
+    return critic_loss(*critic_gram, args.repulsion), generator_loss(*gram), means
+
+
+# --- sampling --------------------------------------------------------------------------------------
+
+
+def draw_noise(n: int, args: Args, device: torch.device) -> Tensor:
+    """Return z (n, latent_dim) ~ N(0, I)."""
+    return torch.randn(n, args.latent_dim, device=device)
+
+
+def draw_picture(path: Path, fake: Tensor, data: datasets.Batches) -> None:
+    """Write a grid of generated images, or a scatter plot of real and generated points, as PNG."""
+    if fake.ndim == 4:
+        images = datasets.to_uint8(fake[:64], VALUE_RANGE).float() / 255
+        images = F.interpolate(images, scale_factor=max(1, 64 // images.shape[-1]))  # small ones enlarged
+        torchvision.utils.save_image(images, path)
+        return
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(6, 6)).add_subplot(projection="3d" if fake.shape[1] == 3 else None)
+    for points, name in ((datasets.draw_toy(data.name, len(fake), 0), "real"), (fake, "generated")):
+        axes.scatter(*points.cpu().T, s=3, alpha=0.6, label=name)
+    axes.legend(loc="upper right")
+    axes.figure.savefig(path)
+
+
+# --- training --------------------------------------------------------------------------------------
+
+
+def train(args: Args) -> dict[str, float]:
+    """Train, evaluate and save; return the final metrics."""
+    # Set-up: nothing is written before all that can be wrong with the input has been found.
+    defaults = DEFAULTS["images"], DEFAULTS.get(datasets.kind(args.dataset), {})
+    bandwidths = (0.2, 0.5, 1.0, 2.0, 5.0) if args.kernel == "rq" else (1.0,)
+    dim = {} if args.loss == "mmd" else {"feature_dim": 1}
+    args = run.resolve(args, *defaults, dim, {"bandwidths": bandwidths})
+    run.require(args.feature_dim == 1 or not dim, "--feature-dim", args.feature_dim, "1 with this --loss")
+    run.require(min(args.bandwidths, default=0) > 0, "--bandwidths", args.bandwidths, "positive numbers")
+    device, rank, world_size = run.start(args.device)
+    data = datasets.load(args, "train", VALUE_RANGE, device, rank, world_size)
+    evaluator = evaluation.Evaluator(args, data) if args.eval_every or args.eval_only else None
+
+    # Models; the seed makes every process start from the same weights.
+    torch.manual_seed(args.seed)
+    args = run.resolve(args, {"sn_gain": 64 ** (1 / depth(data.shape))})  # Deviation 1
+    generator = Generator(data.shape, args.latent_dim, args.width).to(device)
+    critic = Critic(data.shape, args.feature_dim, args.width, args.sn_gain, args.spectral_norm == "pico")
+    critic = critic.to(device)
+    betas = (args.beta1, args.beta2)
+    g_optimizer = torch.optim.Adam(generator.parameters(), args.learning_rate, betas)
+    c_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, betas)
+    models = {"generator": generator, "critic": critic}
+    models |= {"g_optimizer": g_optimizer, "c_optimizer": c_optimizer}
+    if args.ema_decay:
+        average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema_decay)
+        models["ema"] = torch.optim.swa_utils.AveragedModel(generator, multi_avg_fn=average)
+    step = run.load_checkpoint(args, SCRIPT, models)  # 0 without --resume
+    if args.compile:
+        generator.compile()
+        critic.compile()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+    # Run folder
+    folder = run.make_folder(args, SCRIPT, rank)
+    writer = run.make_writer(folder, args, step, rank)
+    stop = run.StopSignal()
+    first_bad = torch.zeros(2, dtype=torch.int64, device=device)  # first step of a loss that was not finite
+    metrics = {}
+
+    def due(every: int) -> bool:
+        return step == args.total_steps or (every > 0 and step % every == 0)
+
+    def save() -> None:
+        run.check_finite(("critic", "generator"), first_bad)
+        run.save_checkpoint(folder, args, SCRIPT, step, models, rank)
+
+    def sample(n: int, i: int) -> Tensor:
+        """Return chunk i of samples, (n, *shape), from a copy: sampling leaves no trace in training."""
+        torch.manual_seed(run.mix(args.seed, 1, i))
+        model = copy.deepcopy(models["ema"].module if args.ema_decay else generator)
+        with torch.no_grad():
+            return model.train(args.sample_bn == "batch")(draw_noise(n, args, device)).float()
+
+    def evaluate() -> None:
+        metrics.update(evaluator.metrics(sample))
+        for name, value in metrics.items():
+            writer.add_scalar(f"eval/{name}", value, step)
+        protocol = evaluator.protocol | {"batch_norm": args.sample_bn, "ema_decay": args.ema_decay}
+        results = {"step": step, "metrics": metrics, "protocol": protocol}
+        if rank == 0:
+            (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+    def picture() -> None:
+        if rank == 0:
+            path = folder / "samples" / f"{step:07d}.png"
+            draw_picture(path, sample(1000 if len(data.shape) == 1 else 64, 0), data)
+            writer.add_image("samples/generator", torchvision.io.read_image(str(path), "RGB"), step)
+
+    if args.eval_only:
+        evaluate()
+        picture()
+        chunks = [sample(min(256, evaluator.count - i), i) for i in range(0, evaluator.count, 256)]
+        np.savez(folder / "samples.npz", samples=torch.cat(chunks).cpu().numpy())
+        return metrics
+    if step == 0:
+        save()  # from here on there is always something to resume from
+    begin, begin_step = time.time(), step
+    progress = tqdm(total=args.total_steps, initial=step, disable=None if rank == 0 else True)
+
+    for step in range(step + 1, args.total_steps + 1):
+        torch.manual_seed(run.mix(args.seed, 0, step, rank))  # whatever is random depends on the step alone
+        real = data.batch(step - 1)
+        noise = draw_noise(len(real), args, device)
+
+        # Both players from one graph: simultaneous updates, section 5.1 (one critic step per generator step).
+        with autocast:
+            fake = generator(noise)
+            feat = critic(torch.cat([real, fake]))  # (2B, d); one forward, so one step of power iteration
+        real_feat, fake_feat = (kernels.gather(part.float()) for part in feat.chunk(2))
+        c_loss, g_loss, kernel_means = losses(real_feat, fake_feat, args)
+        c_optimizer.zero_grad()
+        g_optimizer.zero_grad()
+        c_loss.backward(inputs=list(critic.parameters()), retain_graph=True)
+        g_loss.backward(inputs=list(generator.parameters()))
+        kernels.average_gradients(critic, generator)
+        c_optimizer.step()
+        g_optimizer.step()
+
+        if args.ema_decay:
+            models["ema"].update_parameters(generator)
+        bad = ~torch.stack([c_loss.detach(), g_loss.detach()]).isfinite()
+        first_bad = torch.where(bad & (first_bad == 0), step, first_bad)
+        progress.update()
+
+        if due(args.log_every):
+            run.check_finite(("critic", "generator"), first_bad)
+            scalars = {"losses/critic": c_loss, "losses/generator": g_loss}
+            scalars |= {f"kernel/{name}": mean for name, mean in kernel_means.items()}
+            scalars |= {"charts/steps_per_second": (step - begin_step) / (time.time() - begin)}
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, value, step)
+        if due(args.sample_every):
+            picture()
+        if args.eval_every and due(args.eval_every):
+            evaluate()
+        if due(args.save_every) or stop:
+            save()
+        if stop:
+            writer.close()
+            stop.leave(folder, step)
+
+    writer.close()
+    if rank == 0:
+        print(f"{folder}: samples/, checkpoint.pt, results.json; tensorboard --logdir {args.runs_dir}")
+    return metrics
+
+
+if __name__ == "__main__":
+    run.main(train, Args)
