@@ -101,11 +101,10 @@ DEFAULTS = {
         bandwidths=(1.4142, 2.2361, 3.1623, 4.4721, 6.3246, 8.9443), optimizer="sgd", learning_rate=2.0,
         drop_step=10_000, eval_every=5000, eval_features="inception", eval_split="train", sample_bn="running",
     ),
-    "mnist": dict(image_size=28, eval_features="pixels"),
-    "fashion-mnist": dict(image_size=28, eval_features="pixels"),  # ours
+    "mnist": dict(image_size=28, eval_features="pixels"),  # fashion-mnist too
     "digits": dict(
         image_size=8, total_steps=4000, batch_size=500, width=512, drop_step=3000, eval_every=1000,
-        bandwidths=(0.5, 0.7071, 1.0, 1.4142, 2.0, 2.8284), eval_features="pixels",
+        bandwidths=(0.5, 0.7071, 1.0, 1.4142, 2.0, 2.8284), learning_rate=0.2, eval_features="pixels",
     ),  # ours
     "toys": dict(
         total_steps=5000, batch_size=256, width=512, latent_dim=2, drop_step=4000, eval_every=1000,
@@ -114,6 +113,7 @@ DEFAULTS = {
 }  # fmt: skip
 AE_BATCH = 100  # real images per update of the auto-encoder
 VALUE_RANGE = (0.0, 1.0)
+LOSSES = ("generator",)
 SCRIPT = Path(__file__).stem
 
 # --- networks --------------------------------------------------------------------------------------
@@ -258,14 +258,14 @@ def train(args: Args) -> dict[str, float]:
     folder = run.make_folder(args, SCRIPT, rank)
     writer = run.make_writer(folder, args, step, rank)
     stop = run.StopSignal()
-    first_bad = torch.zeros(1, dtype=torch.int64, device=device)  # first step of a loss that was not finite
+    first_bad = torch.zeros(len(LOSSES), dtype=torch.int64, device=device)  # first step not finite
     metrics = {}
 
     def due(every: int) -> bool:
         return step == args.total_steps or (every > 0 and step % every == 0)
 
     def save() -> None:
-        run.check_finite(("generator",), first_bad)
+        run.check_finite(LOSSES, first_bad)
         run.save_checkpoint(folder, args, SCRIPT, step, models, rank)
 
     def sample(n: int, i: int) -> Tensor:
@@ -320,9 +320,10 @@ def train(args: Args) -> dict[str, float]:
         autoencoder.updates += 1
         if args.log_every and update % args.log_every == 0:
             writer.add_scalar("losses/autoencoder", ae_loss, update)
-        if (args.save_every and update % args.save_every == 0) or update == ae_total or stop:
+        stopping = stop.asked()
+        if (args.save_every and update % args.save_every == 0) or update == ae_total or stopping:
             save()
-        if stop:
+        if stopping:
             writer.close()
             stop.leave(folder, update)
     encode = autoencoder.eval().encode if args.autoencoder else nn.Flatten()
@@ -358,7 +359,7 @@ def train(args: Args) -> dict[str, float]:
         progress.update()
 
         if due(args.log_every):
-            run.check_finite(("generator",), first_bad)
+            run.check_finite(LOSSES, first_bad)
             scalars = {"losses/generator": g_loss, "charts/learning_rate": late * args.learning_rate}
             scalars |= {"kernel/k_xx": k_xx.mean(), "kernel/k_xy": k_xy.mean(), "kernel/k_yy": k_yy.mean()}
             scalars |= {"charts/steps_per_second": (step - begin_step) / (time.time() - begin)}
@@ -368,9 +369,10 @@ def train(args: Args) -> dict[str, float]:
             picture()
         if args.eval_every and due(args.eval_every):
             evaluate()
-        if due(args.save_every) or stop:
+        stopping = stop.asked()
+        if due(args.save_every) or stopping:
             save()
-        if stop:
+        if stopping:
             writer.close()
             stop.leave(folder, step)
 

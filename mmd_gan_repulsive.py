@@ -108,11 +108,11 @@ DEFAULTS = {
     ),
     "cifar10": dict(image_size=32, critic_learning_rate=5e-4),
     "mnist": dict(image_size=28, critic_learning_rate=5e-4, eval_features="pixels"),  # ours
-    "fashion-mnist": dict(image_size=28, critic_learning_rate=5e-4, eval_features="pixels"),  # ours
     "digits": dict(image_size=8, total_steps=2000, width=32, eval_every=500, eval_features="pixels"),  # ours
     "toys": dict(total_steps=10_000, batch_size=256, width=512, latent_dim=2, eval_every=1000),  # ours
 }  # fmt: skip
 VALUE_RANGE = (-1.0, 1.0)
+LOSSES = ("critic", "generator")
 SCRIPT = Path(__file__).stem
 
 # --- networks --------------------------------------------------------------------------------------
@@ -139,8 +139,8 @@ class Generator(nn.Module):
         start = (width * 2**n, shape[1] >> n, shape[2] >> n)
         layers = [nn.Linear(latent_dim, start[0] * start[1] * start[2]), nn.Unflatten(1, start)]
         for c in (width * 2**i for i in reversed(range(n))):
-            layers += [nn.ConvTranspose2d(2 * c, c, 4, 2, 1, bias=False), nn.BatchNorm2d(c, 1e-3, 0.01)]
-            layers += [nn.ReLU()]
+            deconv = nn.ConvTranspose2d(2 * c, c, 4, 2, 1, bias=False)
+            layers += [deconv, nn.BatchNorm2d(c, eps=1e-3, momentum=0.01), nn.ReLU()]
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, shape[0], 3, 1, 1), nn.Tanh())
         for m in self.layers:
             if isinstance(m, nn.ConvTranspose2d):
@@ -160,9 +160,9 @@ class SpectralNorm(nn.Module):
     dense layers, that of the kernel reshaped to (c_out, c_in * h * w).
     """
 
-    def __init__(self, layer: nn.Module, in_shape: tuple[int, ...], gain: float, pico: bool) -> None:
+    def __init__(self, layer: nn.Module, in_shape: tuple[int, ...], gain: float, norm: str) -> None:
         super().__init__()
-        self.gain, self.is_conv = gain, pico and isinstance(layer, nn.Conv2d)
+        self.gain, self.is_conv = gain, norm == "pico" and isinstance(layer, nn.Conv2d)
         if self.is_conv:
             self.stride, self.padding = layer.stride, layer.padding
             sizes = zip(in_shape[1:], layer.padding, layer.kernel_size, layer.stride)
@@ -197,26 +197,24 @@ class SpectralNorm(nn.Module):
 class Critic(nn.Module):
     """Samples (B, *shape) -> features (B, feature_dim); Tables S1 and S2 (b), K = depth(shape) layers."""
 
-    def __init__(self, shape: tuple[int, ...], feature_dim: int, width: int, gain: float, pico: bool) -> None:
+    def __init__(self, shape: tuple[int, ...], feature_dim: int, width: int, gain: float, norm: str) -> None:
         super().__init__()
         if len(shape) == 1:
             layers = [nn.Linear(*shape, width), nn.Linear(width, width), nn.Linear(width, width)]
-            size = width
         else:
-            layers, n = [nn.Conv2d(shape[0], width, 3, 1, 1)], levels(shape[1])
-            for c in (width * 2**i for i in range(n)):
+            layers = [nn.Conv2d(shape[0], width, 3, 1, 1)]
+            for c in (width * 2**i for i in range(levels(shape[1]))):
                 layers += [nn.Conv2d(c, 2 * c, 4, 2, 1), nn.Conv2d(2 * c, 2 * c, 3, 1, 1)]
-            size = (width << n) * (shape[1] >> n) * (shape[2] >> n)
-        last = nn.Linear(size, feature_dim)
+        last = nn.Linear(nn.Sequential(*layers)(torch.zeros(1, *shape)).numel(), feature_dim)
         x = torch.zeros(1, *shape)  # passed through, to know the shape that each convolution sees
         for layer in (*layers, last):
             nn.init.xavier_uniform_(layer.weight) if layer is last else nn.init.kaiming_normal_(
                 layer.weight, a=0.1
             )
             nn.init.zeros_(layer.bias)
-            norm = SpectralNorm(layer, x.shape[1:], gain, pico)
-            x = layer(x.flatten(1) if layer is last else x).detach()
-            nn.utils.parametrize.register_parametrization(layer, "weight", norm)
+            x = x.flatten(1) if layer is last else x
+            normalise, x = SpectralNorm(layer, x.shape[1:], gain, norm), layer(x).detach()
+            nn.utils.parametrize.register_parametrization(layer, "weight", normalise)
         hidden = [module for layer in layers for module in (layer, nn.LeakyReLU(0.1))]
         self.layers = nn.Sequential(*hidden, nn.Flatten(), last)
 
@@ -320,8 +318,7 @@ def train(args: Args) -> dict[str, float]:
     torch.manual_seed(args.seed)
     args = run.resolve(args, {"sn_gain": 64 ** (1 / depth(data.shape))})  # Deviation 1
     generator = Generator(data.shape, args.latent_dim, args.width).to(device)
-    critic = Critic(data.shape, args.feature_dim, args.width, args.sn_gain, args.spectral_norm == "pico")
-    critic = critic.to(device)
+    critic = Critic(data.shape, args.feature_dim, args.width, args.sn_gain, args.spectral_norm).to(device)
     betas = (args.beta1, args.beta2)
     g_optimizer = torch.optim.Adam(generator.parameters(), args.learning_rate, betas)
     c_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, betas)
@@ -340,14 +337,14 @@ def train(args: Args) -> dict[str, float]:
     folder = run.make_folder(args, SCRIPT, rank)
     writer = run.make_writer(folder, args, step, rank)
     stop = run.StopSignal()
-    first_bad = torch.zeros(2, dtype=torch.int64, device=device)  # first step of a loss that was not finite
+    first_bad = torch.zeros(len(LOSSES), dtype=torch.int64, device=device)  # first step not finite
     metrics = {}
 
     def due(every: int) -> bool:
         return step == args.total_steps or (every > 0 and step % every == 0)
 
     def save() -> None:
-        run.check_finite(("critic", "generator"), first_bad)
+        run.check_finite(LOSSES, first_bad)
         run.save_checkpoint(folder, args, SCRIPT, step, models, rank)
 
     def sample(n: int, i: int) -> Tensor:
@@ -410,7 +407,7 @@ def train(args: Args) -> dict[str, float]:
         progress.update()
 
         if due(args.log_every):
-            run.check_finite(("critic", "generator"), first_bad)
+            run.check_finite(LOSSES, first_bad)
             scalars = {"losses/critic": c_loss, "losses/generator": g_loss}
             scalars |= {f"kernel/{name}": mean for name, mean in kernel_means.items()}
             scalars |= {"charts/steps_per_second": (step - begin_step) / (time.time() - begin)}
@@ -420,9 +417,10 @@ def train(args: Args) -> dict[str, float]:
             picture()
         if args.eval_every and due(args.eval_every):
             evaluate()
-        if due(args.save_every) or stop:
+        stopping = stop.asked()
+        if due(args.save_every) or stopping:
             save()
-        if stop:
+        if stopping:
             writer.close()
             stop.leave(folder, step)
 

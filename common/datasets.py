@@ -98,7 +98,7 @@ class Images(Batches):
 
 def kind(name: str) -> str:
     """Return toys, folder, or the name itself: what a script's table of defaults is keyed by."""
-    return "toys" if name in TOYS else name.split(":")[0]
+    return "toys" if name in TOYS else name.split(":")[0].removeprefix("fashion-")
 
 
 def to_uint8(images: Tensor, value_range: tuple[float, float]) -> Tensor:

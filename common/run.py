@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import signal
@@ -73,6 +74,9 @@ def resolve(args, *tables: dict):
         value, least = getattr(args, name), int(name in positive)
         require(value is None or value >= least, f"--{name.replace('_', '-')}", value, f"at least {least}")
     require(0 <= args.ema_decay < 1, "--ema-decay", args.ema_decay, "in [0, 1)")
+    require(
+        not args.track or importlib.util.find_spec("wandb"), "--track", "on", "off, or do: pip install wandb"
+    )
     require(not args.eval_only or args.resume, "--eval-only", "given alone", "given with --resume RUN")
     return args
 
@@ -105,10 +109,10 @@ def mix(*numbers: int) -> int:
 
 
 class StopSignal:
-    """Becomes true at SIGTERM or Ctrl-C, so that the step is finished and saved; a second one kills."""
+    """Notes SIGTERM or Ctrl-C, so that the step is finished and saved; a second one kills."""
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number = self.calls = 0
         with contextlib.suppress(ValueError):  # handlers can be set in the main thread only
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._note)
@@ -117,8 +121,17 @@ class StopSignal:
         self.number = number
         signal.signal(number, signal.SIG_DFL)
 
-    def __bool__(self) -> bool:
-        return self.number != 0
+    def asked(self) -> bool:
+        """Return whether to stop. Several processes agree on it, every tenth time that all of them ask."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return self.number != 0
+        self.calls += 1
+        if self.calls % 10 == 0:
+            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+            number = torch.tensor(self.number, device=device)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            self.number = number.item()
+        return self.calls % 10 == 0 and self.number != 0
 
     def leave(self, folder: Path, step: int) -> None:
         """Exit with the status that the signal has by convention, saying how to go on."""
@@ -154,6 +167,8 @@ def make_folder(args, script: str, rank: int) -> Path:
         (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
     except OSError as error:
         raise BadInput(f"run folder {folder} cannot be written: {error}") from error
+    options = [f"--{key.replace('_', '-')} {value}" for key, value in dataclasses.asdict(args).items()]
+    print(f"{script}.py", *options, f"\nin {folder}", flush=True)
     return folder
 
 
