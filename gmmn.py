@@ -42,6 +42,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torchvision
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -227,7 +228,7 @@ def train(args: Args) -> dict[str, float]:
     # Set-up: nothing is written before all that can be wrong with the input has been found.
     defaults = DEFAULTS["images"], DEFAULTS.get(datasets.kind(args.dataset), {})
     args = run.resolve(args, *defaults)
-    run.require(min(args.bandwidths, default=0) > 0, "--bandwidths", args.bandwidths, "positive numbers")
+    run.require(args.width >= 16, "--width", args.width, "at least 16: the first layer is a 16th of it")
     device, rank, world_size = run.start(args.device)
     data = datasets.load(args, "train", VALUE_RANGE, device, rank, world_size)
     evaluator = evaluation.Evaluator(args, data) if args.eval_every or args.eval_only else None
@@ -257,7 +258,6 @@ def train(args: Args) -> dict[str, float]:
     # Run folder
     folder = run.make_folder(args, SCRIPT, rank)
     writer = run.make_writer(folder, args, step, rank)
-    stop = run.StopSignal()
     first_bad = torch.zeros(len(LOSSES), dtype=torch.int64, device=device)  # first step not finite
     metrics = {}
 
@@ -290,7 +290,8 @@ def train(args: Args) -> dict[str, float]:
         if rank == 0:
             path = folder / "samples" / f"{step:07d}.png"
             draw_picture(path, sample(1000 if len(data.shape) == 1 else 64, 0), data)
-            writer.add_image("samples/generator", torchvision.io.read_image(str(path), "RGB"), step)
+            pixels = np.asarray(Image.open(path).convert("RGB"))
+            writer.add_image("samples/generator", pixels, step, dataformats="HWC")
 
     if args.eval_only:
         evaluate()
@@ -320,12 +321,12 @@ def train(args: Args) -> dict[str, float]:
         autoencoder.updates += 1
         if args.log_every and update % args.log_every == 0:
             writer.add_scalar("losses/autoencoder", ae_loss, update)
-        stopping = stop.asked()
+        stopping = run.stop_asked(update)
         if (args.save_every and update % args.save_every == 0) or update == ae_total or stopping:
             save()
         if stopping:
             writer.close()
-            stop.leave(folder, update)
+            run.leave(folder, update)
     encode = autoencoder.eval().encode if args.autoencoder else nn.Flatten()
 
     begin, begin_step = time.time(), step
@@ -369,12 +370,12 @@ def train(args: Args) -> dict[str, float]:
             picture()
         if args.eval_every and due(args.eval_every):
             evaluate()
-        stopping = stop.asked()
+        stopping = run.stop_asked(step)
         if due(args.save_every) or stopping:
             save()
         if stopping:
             writer.close()
-            stop.leave(folder, step)
+            run.leave(folder, step)
 
     writer.close()
     if rank == 0:

@@ -45,6 +45,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torchvision
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -167,7 +168,8 @@ class SpectralNorm(nn.Module):
             self.stride, self.padding = layer.stride, layer.padding
             sizes = zip(in_shape[1:], layer.padding, layer.kernel_size, layer.stride)
             self.rest = [(s + 2 * p - k) % t for s, p, k, t in sizes]  # rows that the last stride leaves out
-        v = torch.randn(1, *in_shape) if self.is_conv else torch.randn(1, layer.weight[0].numel())
+        size = in_shape if self.is_conv else layer.weight[0].flatten().shape
+        v = torch.randn(1, *size, dtype=layer.weight.dtype)
         self.register_buffer("v", v / v.norm())
         self.iterate(layer.weight.detach(), 20)
 
@@ -205,12 +207,12 @@ class Critic(nn.Module):
             layers = [nn.Conv2d(shape[0], width, 3, 1, 1)]
             for c in (width * 2**i for i in range(levels(shape[1]))):
                 layers += [nn.Conv2d(c, 2 * c, 4, 2, 1), nn.Conv2d(2 * c, 2 * c, 3, 1, 1)]
-        last = nn.Linear(nn.Sequential(*layers)(torch.zeros(1, *shape)).numel(), feature_dim)
-        x = torch.zeros(1, *shape)  # passed through, to know the shape that each convolution sees
+        x = torch.zeros(1, *shape)  # passed through, to know the shape that each layer sees
+        last = nn.Linear(nn.Sequential(*layers)(x).numel(), feature_dim)
+        for layer in layers:
+            nn.init.kaiming_normal_(layer.weight, a=0.1)
+        nn.init.xavier_uniform_(last.weight)
         for layer in (*layers, last):
-            nn.init.xavier_uniform_(layer.weight) if layer is last else nn.init.kaiming_normal_(
-                layer.weight, a=0.1
-            )
             nn.init.zeros_(layer.bias)
             x = x.flatten(1) if layer is last else x
             normalise, x = SpectralNorm(layer, x.shape[1:], gain, norm), layer(x).detach()
@@ -309,7 +311,6 @@ def train(args: Args) -> dict[str, float]:
     dim = {} if args.loss == "mmd" else {"feature_dim": 1}
     args = run.resolve(args, *defaults, dim, {"bandwidths": bandwidths})
     run.require(args.feature_dim == 1 or not dim, "--feature-dim", args.feature_dim, "1 with this --loss")
-    run.require(min(args.bandwidths, default=0) > 0, "--bandwidths", args.bandwidths, "positive numbers")
     device, rank, world_size = run.start(args.device)
     data = datasets.load(args, "train", VALUE_RANGE, device, rank, world_size)
     evaluator = evaluation.Evaluator(args, data) if args.eval_every or args.eval_only else None
@@ -319,9 +320,8 @@ def train(args: Args) -> dict[str, float]:
     args = run.resolve(args, {"sn_gain": 64 ** (1 / depth(data.shape))})  # Deviation 1
     generator = Generator(data.shape, args.latent_dim, args.width).to(device)
     critic = Critic(data.shape, args.feature_dim, args.width, args.sn_gain, args.spectral_norm).to(device)
-    betas = (args.beta1, args.beta2)
-    g_optimizer = torch.optim.Adam(generator.parameters(), args.learning_rate, betas)
-    c_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, betas)
+    g_optimizer = torch.optim.Adam(generator.parameters(), args.learning_rate, (args.beta1, args.beta2))
+    c_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, (args.beta1, args.beta2))
     models = {"generator": generator, "critic": critic}
     models |= {"g_optimizer": g_optimizer, "c_optimizer": c_optimizer}
     if args.ema_decay:
@@ -336,7 +336,6 @@ def train(args: Args) -> dict[str, float]:
     # Run folder
     folder = run.make_folder(args, SCRIPT, rank)
     writer = run.make_writer(folder, args, step, rank)
-    stop = run.StopSignal()
     first_bad = torch.zeros(len(LOSSES), dtype=torch.int64, device=device)  # first step not finite
     metrics = {}
 
@@ -368,7 +367,8 @@ def train(args: Args) -> dict[str, float]:
         if rank == 0:
             path = folder / "samples" / f"{step:07d}.png"
             draw_picture(path, sample(1000 if len(data.shape) == 1 else 64, 0), data)
-            writer.add_image("samples/generator", torchvision.io.read_image(str(path), "RGB"), step)
+            pixels = np.asarray(Image.open(path).convert("RGB"))
+            writer.add_image("samples/generator", pixels, step, dataformats="HWC")
 
     if args.eval_only:
         evaluate()
@@ -417,12 +417,12 @@ def train(args: Args) -> dict[str, float]:
             picture()
         if args.eval_every and due(args.eval_every):
             evaluate()
-        stopping = stop.asked()
+        stopping = run.stop_asked(step)
         if due(args.save_every) or stopping:
             save()
         if stopping:
             writer.close()
-            stop.leave(folder, step)
+            run.leave(folder, step)
 
     writer.close()
     if rank == 0:

@@ -96,15 +96,14 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     """Return the Frechet distance of Gaussians fitted to features (n, d) and (m, d), in float64.
 
     |mean_x - mean_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)) with the unbiased covariances C; right for
-    singular ones too: the trace of the root is the sum of the roots of the eigenvalues of R C_y R,
-    R = C_x^(1/2).
+    singular ones too. With C = A^T A and A = Q R, the trace of the root is the nuclear norm of R_x R_y^T.
     """
     x, y = x.double(), y.double()
-    c_x, c_y = torch.cov(x.T), torch.cov(y.T)
-    values, vectors = torch.linalg.eigh(c_x)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ c_y @ root).clamp_min(0).sqrt().sum()
-    return ((x.mean(0) - y.mean(0)).square().sum() + c_x.trace() + c_y.trace() - 2 * cross).item()
+    a, b = ((z - z.mean(0)) / (len(z) - 1) ** 0.5 for z in (x, y))
+    r_x, r_y = (torch.linalg.qr(z, mode="r").R for z in (a, b))
+    cross = torch.linalg.svdvals(r_x @ r_y.T).sum()
+    squares = (x.mean(0) - y.mean(0)).square().sum() + a.square().sum() + b.square().sum()
+    return (squares - 2 * cross).item()
 
 
 def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100) -> float:

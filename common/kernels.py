@@ -108,7 +108,7 @@ def distance(d2: Tensor, bandwidths: tuple[float, ...] = ()) -> Tensor:
 
 def safe_sqrt(d2: Tensor) -> Tensor:
     """Return sqrt(d2), and 0 with gradient 0 where d2 <= 0 (where the gradient of sqrt is infinite)."""
-    positive = d2 > 0
+    positive = ~(d2 <= 0)  # and so is NaN, which must not become 0
     return torch.where(positive, torch.where(positive, d2, 1.0).sqrt(), 0.0)
 
 

@@ -1,6 +1,5 @@
 """The machinery of a run that a reader skips: arguments, processes, run folder, checkpoint, signals."""
 
-import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -20,10 +19,14 @@ from torch.utils._pytree import tree_leaves
 MAY_CHANGE = {"total_steps", "log_every", "sample_every", "eval_every", "save_every", "device", "compile"}
 MAY_CHANGE |= {"runs_dir", "data_dir", "inception_weights", "track", "resume", "eval_only"}
 MAY_CHANGE |= {"eval_samples", "eval_features", "eval_split"}
+SIGNALS: list[int] = []  # that asked this process to stop
 
 
 class BadInput(Exception):
     """Something the user gave cannot be used. One line: what, the value, what would be right."""
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())
 
 
 class Failed(Exception):
@@ -40,13 +43,25 @@ def require(ok: bool, what: str, value: object, expected: str) -> None:
 
 
 def main(train, args_class: type) -> None:
-    """Parse the command line and train; an error is one line on stderr and an exit status."""
+    """Parse the command line and train; an error is one line on stderr and an exit status.
+
+    SIGTERM and Ctrl-C are noted, so that the step is finished and saved; a second one kills.
+    """
+
+    def note(number: int, frame: object) -> None:
+        SIGNALS.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         train(parse(args_class))
     except (BadInput, Failed) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)
     finally:
+        SIGNALS.clear()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -69,10 +84,20 @@ def resolve(args, *tables: dict):
     """Return args with each None replaced from the tables (the last that has it), the run block checked."""
     values = {key: value for table in tables for key, value in table.items()}
     args = dataclasses.replace(args, **{k: v for k, v in values.items() if getattr(args, k) is None})
-    positive = ("total_steps", "batch_size", "width", "eval_samples", "image_size")
-    for name in (*positive, "log_every", "sample_every", "eval_every", "save_every", "seed"):
-        value, least = getattr(args, name), int(name in positive)
-        require(value is None or value >= least, f"--{name.replace('_', '-')}", value, f"at least {least}")
+    least = dict.fromkeys(("log_every", "sample_every", "eval_every", "save_every", "seed"), 0)
+    least |= dict.fromkeys(("total_steps", "batch_size", "width", "eval_samples", "image_size"), 1)
+    least |= dict.fromkeys(("latent_dim", "feature_dim", "n_critic"), 1)
+    for name, bound in least.items():
+        value = getattr(args, name, None)
+        require(value is None or value >= bound, f"--{name.replace('_', '-')}", value, f"at least {bound}")
+    for name in ("learning_rate", "critic_learning_rate", "bandwidths"):
+        value = getattr(args, name, None)
+        values = value if isinstance(value, tuple) else (1.0 if value is None else value,)
+        positive = len(values) > 0 and all(0 < v < float("inf") for v in values)
+        require(positive, f"--{name.replace('_', '-')}", value, "positive")
+    for name in ("beta1", "beta2", "momentum"):
+        value = getattr(args, name, 0.0)
+        require(0 <= value < 1, f"--{name}", value, "in [0, 1)")
     require(0 <= args.ema_decay < 1, "--ema-decay", args.ema_decay, "in [0, 1)")
     require(
         not args.track or importlib.util.find_spec("wandb"), "--track", "on", "off, or do: pip install wandb"
@@ -108,35 +133,22 @@ def mix(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-class StopSignal:
-    """Notes SIGTERM or Ctrl-C, so that the step is finished and saved; a second one kills."""
+def stop_asked(step: int) -> bool:
+    """Return whether SIGTERM or Ctrl-C came. Several processes agree on it, at every tenth step."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return bool(SIGNALS)
+    if step % 10 > 0:
+        return False
+    number = torch.tensor(max(SIGNALS, default=0), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    SIGNALS[:] = [number.item()] if number else []
+    return bool(SIGNALS)
 
-    def __init__(self) -> None:
-        self.number = self.calls = 0
-        with contextlib.suppress(ValueError):  # handlers can be set in the main thread only
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._note)
 
-    def _note(self, number: int, frame: object) -> None:
-        self.number = number
-        signal.signal(number, signal.SIG_DFL)
-
-    def asked(self) -> bool:
-        """Return whether to stop. Several processes agree on it, every tenth time that all of them ask."""
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return self.number != 0
-        self.calls += 1
-        if self.calls % 10 == 0:
-            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-            number = torch.tensor(self.number, device=device)
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-            self.number = number.item()
-        return self.calls % 10 == 0 and self.number != 0
-
-    def leave(self, folder: Path, step: int) -> None:
-        """Exit with the status that the signal has by convention, saying how to go on."""
-        print(f"stopped by signal {self.number} after step {step}; go on with --resume {folder}")
-        sys.exit(128 + self.number)
+def leave(folder: Path, step: int) -> None:
+    """Exit with the status that the signal has by convention, saying how to go on."""
+    print(f"stopped by signal {SIGNALS[0]} after step {step}; go on with --resume {folder}")
+    sys.exit(128 + SIGNALS[0])
 
 
 def check_finite(names: tuple[str, ...], first_bad: torch.Tensor) -> None:

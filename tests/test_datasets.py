@@ -1,0 +1,528 @@
+"""Toys at the scales of their papers' code, image files in their original formats, and refusals."""
+
+import math
+import os
+import pickle
+import struct
+import tarfile
+from collections import Counter
+from types import SimpleNamespace
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from common import datasets
+from common.run import BadInput
+
+CPU = torch.device("cpu")
+
+
+def load(dataset, data_dir=".", image_size=None, batch_size=4, seed=0, split="train", **kwargs):
+    args = SimpleNamespace(
+        dataset=dataset, data_dir=str(data_dir), image_size=image_size, batch_size=batch_size, seed=seed
+    )
+    options = dict(value_range=(-1, 1), device=CPU, rank=0, world_size=1) | kwargs
+    return datasets.load(args, split, **options)
+
+
+def refusal(*args, **kwargs):
+    """The message with which load refuses; always one line."""
+    with pytest.raises(BadInput) as caught:
+        load(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def fail(*args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setattr(torchvision.datasets.utils, "download_url", fail)
+
+
+# --- toys ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "modes", "noise"),
+    [("8gaussians", 8, 0.02 / 1.414), ("25gaussians", 25, 0.05 / 2.828), ("ring2d", 8, 0.2)],
+)
+def test_noise_around_every_mode_has_its_standard_deviation(name, modes, noise):
+    """And the modes are equally likely, and sit where toy_modes says."""
+    points = datasets.draw_toy(name, 50_000, 0)
+    centres = datasets.toy_modes(name)[0]
+    nearest = torch.cdist(points, centres).argmin(1)
+    share = torch.bincount(nearest, minlength=modes) / len(points)
+    assert share.numpy() == pytest.approx(1 / modes, abs=5 * math.sqrt(1 / modes / 50_000))
+    rest = points - centres[nearest]
+    assert rest.std(0).numpy() == pytest.approx(noise, rel=0.02)
+    assert rest.mean(0).abs().max() < noise * 5 / math.sqrt(50_000)
+
+
+def test_8gaussians_lie_on_a_circle_of_radius_2_over_1_414():
+    centres = datasets.toy_modes("8gaussians")[0].double().numpy()
+    a = 1 / math.sqrt(2)  # as Gulrajani et al. list them
+    listed = [(1, 0), (-1, 0), (0, 1), (0, -1), (a, a), (a, -a), (-a, a), (-a, -a)]
+    expected = sorted((2 * x / 1.414, 2 * y / 1.414) for x, y in listed)
+    for centre in expected:
+        assert np.linalg.norm(centres - centre, axis=1).min() < 1e-6
+    assert len(centres) == 8
+
+
+def test_25gaussians_are_a_grid_of_spacing_2_over_2_828():
+    centres = datasets.toy_modes("25gaussians")[0].double().numpy()
+    expected = {(i, j) for i in range(-2, 3) for j in range(-2, 3)}
+    assert {tuple(p) for p in (centres / 0.70721).round().astype(int)} == expected
+    np.testing.assert_allclose(centres, (centres / (2 / 2.828)).round() * 2 / 2.828, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["8gaussians", "25gaussians"])
+def test_coordinates_have_standard_deviation_1(name):
+    assert datasets.draw_toy(name, 100_000, 0).std(0).numpy() == pytest.approx(1.000, abs=0.006)
+
+
+def test_ring2d_has_radius_2_and_starts_at_the_bottom():
+    centres = datasets.toy_modes("ring2d")[0]
+    np.testing.assert_allclose(centres.norm(dim=1), 2, rtol=1e-6)
+    np.testing.assert_allclose(centres[0], [0, -2], atol=1e-6)
+    gaps = (centres - centres.roll(1, 0)).norm(dim=1)
+    np.testing.assert_allclose(gaps, 4 * math.sin(math.pi / 8), rtol=1e-5)
+
+
+def test_ring3d_is_the_ring_turned_by_60_degrees_about_the_second_axis():
+    """Its plane's normal is 60 degrees from the third axis, in which it is 0.1 thick; inside it is ring2d."""
+    points = datasets.draw_toy("ring3d", 50_000, 0).double()
+    values, vectors = torch.linalg.eigh(torch.cov(points.T))
+    normal = vectors[:, 0] * vectors[2, 0].sign()
+    assert abs(normal[1]) < 0.01
+    assert math.degrees(math.acos(normal[2])) == pytest.approx(60, abs=0.5)
+    assert values[0].sqrt().item() == pytest.approx(0.1, rel=0.02)
+    assert values[1:].numpy() == pytest.approx(2 + 0.2**2, rel=0.02)  # radius^2 / 2 + noise^2
+    in_plane = (points - (points @ normal)[:, None] * normal).norm(dim=1)
+    assert in_plane.square().mean().item() == pytest.approx(4 + 2 * 0.2**2, rel=0.01)
+    assert points[:, 1].std().item() == pytest.approx(math.sqrt(2.04), rel=0.01)  # the axis stays
+
+
+def test_swissroll_is_that_of_scikit_learn():
+    """Two-sample Kolmogorov-Smirnov on both columns and on two projections; published moments."""
+    from scipy.stats import ks_2samp
+    from sklearn.datasets import make_swiss_roll
+
+    ours = datasets.draw_toy("swissroll", 20_000, 0).double().numpy()
+    theirs = make_swiss_roll(20_000, noise=0.25, random_state=0)[0][:, [0, 2]] / 7.5
+    for direction in ((1, 0), (0, 1), (1, 1), (1, -1)):
+        assert ks_2samp(ours @ direction, theirs @ direction).pvalue > 0.001
+    assert ours.mean(0) == pytest.approx([0.270, 0.026], abs=0.03)
+    assert ours.std(0) == pytest.approx([0.883, 0.928], abs=0.02)
+
+
+def test_swissroll_curve_is_that_of_scikit_learn_without_noise():
+    from sklearn.datasets import make_swiss_roll
+
+    points, t = make_swiss_roll(100, noise=0, random_state=0)
+    u = (torch.from_numpy(t) / (1.5 * math.pi) - 1) / 2
+    np.testing.assert_allclose(datasets.swissroll_curve(u), points[:, [0, 2]] / 7.5, atol=1e-12)
+
+
+def test_swissroll_noise_is_a_quarter_over_7_5():
+    """Distances to the curve are those of one normal coordinate, away from its ends."""
+    points = datasets.draw_toy("swissroll", 5000, 0)
+    curve = datasets.swissroll_curve(torch.linspace(0, 1, 2000))
+    distances, nearest = torch.cdist(points, curve).min(1)
+    inside = (nearest > 50) & (nearest < 1950)
+    assert distances[inside].square().mean().sqrt().item() == pytest.approx(0.25 / 7.5, rel=0.03)
+
+
+# --- batches -------------------------------------------------------------------------------------
+
+SOME = ["8gaussians", "swissroll", "ring3d", "digits"]
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_a_batch_depends_on_seed_and_number_only(name):
+    data, other = load(name, batch_size=400), load(name, batch_size=400)
+    forwards = [data.batch(i) for i in range(9)]  # of digits: more than two epochs
+    for i in (8, 0, 5, 5, 3):
+        assert torch.equal(other.batch(i), forwards[i])
+    assert not torch.equal(forwards[0], forwards[1])
+    assert not torch.equal(forwards[0], load(name, batch_size=400, seed=1).batch(0))
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_batches_do_not_touch_the_global_generator(name):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    load(name).batch(0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("name", SOME)
+def test_the_parts_of_all_processes_are_the_batch_of_one(name, world_size):
+    for i in (0, 200):
+        parts = [load(name, batch_size=12, rank=r, world_size=world_size).batch(i) for r in range(world_size)]
+        assert torch.equal(torch.cat(parts), load(name, batch_size=12).batch(i))
+
+
+@pytest.mark.parametrize("name", datasets.TOYS)
+def test_toy_batches_are_float32_of_the_stated_shape(name):
+    data = load(name, batch_size=6)
+    assert data.shape == (3 if name == "ring3d" else 2,)
+    assert data.batch(0).shape == (6, *data.shape)
+    assert data.batch(0).dtype == torch.float32
+
+
+def numbered(n, batch_size, value_range=(0, 255)):
+    """n images of one pixel, each with its number."""
+    images = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1)
+    return datasets.Images("numbered", (1, 1, 1), batch_size, 0, 0, 1, images, value_range)
+
+
+def test_an_epoch_is_a_permutation_and_the_next_another():
+    data = numbered(20, 5)
+    epochs = [torch.cat([data.batch(4 * e + i) for i in range(4)]).flatten() for e in range(2)]
+    for epoch in epochs:
+        assert sorted(epoch.tolist()) == list(range(20))
+    assert not torch.equal(*epochs)
+
+
+def test_a_rest_smaller_than_a_batch_is_left_for_another_epoch():
+    data = numbered(22, 5)
+    seen = Counter()
+    for epoch in range(10):
+        one = torch.cat([data.batch(4 * epoch + i) for i in range(4)]).flatten().tolist()
+        assert len(set(one)) == 20
+        seen.update(one)
+    assert len(seen) == 22
+
+
+@pytest.mark.parametrize("value_range", [(-1, 1), (0, 1)])
+def test_black_and_white_are_the_exact_ends_of_the_value_range(value_range):
+    levels = torch.sort(numbered(256, 256, value_range).batch(0).flatten())[0]
+    assert (levels[0], levels[-1]) == value_range
+    assert levels.dtype == torch.float32
+    np.testing.assert_allclose(levels.diff(), (value_range[1] - value_range[0]) / 255, rtol=1e-3)
+
+
+@pytest.mark.parametrize("value_range", [(-1, 1), (0, 1)])
+def test_to_uint8_undoes_the_value_range(value_range):
+    batch = numbered(256, 256, value_range).batch(0)
+    levels = datasets.to_uint8(batch, value_range)
+    assert levels.dtype == torch.uint8
+    assert sorted(levels.flatten().tolist()) == list(range(256))
+    assert torch.equal(levels.float(), numbered(256, 256).batch(0))
+
+
+def test_to_uint8_rounds_and_clamps():
+    values = torch.tensor([-0.3, 99.4 / 255, 99.6 / 255, 254.6 / 255, 1.7])
+    assert datasets.to_uint8(values, (0, 1)).tolist() == [0, 99, 100, 255, 255]
+    assert datasets.to_uint8(2 * values - 1, (-1, 1)).tolist() == [0, 99, 100, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("25gaussians", "toys"), ("ring3d", "toys"), ("folder:/a:b", "folder"), ("cifar10", "cifar10")],
+)
+def test_kind(name, key):
+    assert datasets.kind(name) == key
+
+
+# --- digits and MNIST ----------------------------------------------------------------------------
+
+
+def test_digits_are_those_of_scikit_learn():
+    from sklearn.datasets import load_digits
+
+    images = datasets.load_images("digits", ".", None, "train")
+    assert images.dtype == torch.uint8
+    np.testing.assert_allclose(images[:, 0].numpy() * (16 / 255), load_digits().images, atol=0.04)
+    assert (images.min(), images.max()) == (0, 255)
+
+
+def write_mnist(root, train, test):
+    """The four files of MNIST, uncompressed, in the IDX format: magic, sizes (big endian), bytes."""
+    root.mkdir(parents=True)
+    for name, images in (("train", train), ("t10k", test)):
+        n = len(images)
+        (root / f"{name}-images-idx3-ubyte").write_bytes(
+            struct.pack(">IIII", 0x803, n, 28, 28) + images.tobytes()
+        )
+        (root / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, n) + bytes(n))
+
+
+@pytest.fixture
+def mnist(tmp_path):
+    """A folder with twelve training and five test images of both MNIST and Fashion-MNIST."""
+    images = np.random.default_rng(0).integers(0, 256, (17, 28, 28), dtype=np.uint8)
+    write_mnist(tmp_path / "MNIST" / "raw", images[:12], images[12:])
+    write_mnist(tmp_path / "FashionMNIST" / "raw", 255 - images[:12], 255 - images[12:])
+    return tmp_path, images
+
+
+def test_mnist_is_read_from_idx_files(mnist):
+    root, images = mnist
+    for split, part in (("train", images[:12]), ("test", images[12:]), ("all", images)):
+        np.testing.assert_array_equal(datasets.load_images("mnist", root, None, split)[:, 0], part)
+    np.testing.assert_array_equal(
+        datasets.load_images("fashion-mnist", root, None, "train")[:, 0], 255 - images[:12]
+    )
+
+
+def test_mnist_is_resized(mnist):
+    """To 32 x 32, bilinearly: against torch's interpolation in float."""
+    root, images = mnist
+    data = load("mnist", root, image_size=32)
+    assert data.shape == (1, 32, 32)
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(images[:12, None]).double(), size=32, mode="bilinear", antialias=True
+    )
+    assert (data.images.double() - expected).abs().max() <= 1.01
+
+
+def test_truncated_mnist_is_refused(mnist):
+    root, _ = mnist
+    file = root / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "--dataset mnist" in refusal("mnist", root)
+
+
+# --- CIFAR-10 ------------------------------------------------------------------------------------
+
+CIFAR_NAMES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    """A folder of CIFAR-10 with 3 images a batch, (6, 3, 3072) uint8 in the order channel, row, column."""
+    arrays = np.random.default_rng(0).integers(0, 256, (6, 3, 3072), dtype=np.uint8)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name, data in zip(CIFAR_NAMES, arrays):
+        batch = {"batch_label": name, "labels": [0, 1, 2], "data": data, "filenames": ["a", "b", "c"]}
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    return tmp_path, arrays
+
+
+def pack(root):
+    """Turn the folder into the archive that is distributed."""
+    folder, archive = root / "cifar-10-batches-py", root / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as files:
+        files.add(folder, folder.name)
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    return archive
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_cifar10_is_read_from_folder_and_archive(cifar, packed):
+    root, arrays = cifar
+    if packed:
+        pack(root)
+    for split, part in (("train", arrays[:5]), ("test", arrays[5:]), ("all", arrays)):
+        images = datasets.load_images("cifar10", root, None, split)
+        assert images.dtype == torch.uint8
+        np.testing.assert_array_equal(images, part.reshape(-1, 3, 32, 32))
+
+
+def test_cifar10_channels_are_red_green_blue_in_rows(cifar):
+    """One image, red at row 2, column 5; green everywhere 7; blue at row 31, column 0."""
+    root, _ = cifar
+    data = np.zeros((1, 3072), np.uint8)
+    data[0, 2 * 32 + 5], data[0, 1024:2048], data[0, 2048 + 31 * 32] = 200, 7, 100
+    for name in CIFAR_NAMES:
+        (root / "cifar-10-batches-py" / name).write_bytes(pickle.dumps({"data": data}, protocol=2))
+    image = datasets.load_images("cifar10", root, None, "test")[0]
+    assert image[0, 2, 5] == 200
+    assert (image[1] == 7).all()
+    assert image[2, 31, 0] == 100
+    assert image.sum(dtype=torch.int64) == 200 + 7 * 1024 + 100
+
+
+def test_cifar10_as_python_2_wrote_it(cifar):
+    """The very opcodes of the published files: byte strings, numpy.core.multiarray._reconstruct."""
+    root, arrays = cifar
+    data = arrays[0]
+    written = (
+        b"\x80\x02}U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+        b"(K\x01K\x03M\x00\x0c\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R"
+        b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
+        b"T" + struct.pack("<i", data.nbytes) + data.tobytes() + b"tbs."
+    )
+    (root / "cifar-10-batches-py" / "test_batch").write_bytes(written)
+    images = datasets.load_images("cifar10", root, None, "test")
+    np.testing.assert_array_equal(images, data.reshape(-1, 3, 32, 32))
+
+
+class Malicious:
+    """Unpickled by an unwary reader, it calls function(*arguments)."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("kind", ["os", "eval", "numpy"])
+def test_a_malicious_cifar10_runs_nothing(cifar, kind):
+    root, _ = cifar
+    marker = root / "was-here.npy"
+    attack = {
+        "os": Malicious(os.mkdir, str(marker)),
+        "eval": Malicious(eval, f"__import__('os').mkdir({str(marker)!r})"),
+        "numpy": Malicious(np.save, str(marker), 0),
+    }[kind]
+    content = pickle.dumps({"data": attack}, protocol=2)
+    (root / "cifar-10-batches-py" / "data_batch_1").write_bytes(content)
+    assert "does not need" in refusal("cifar10", root)
+    assert not marker.exists()
+    pickle.loads(content)
+    assert marker.exists()  # it would have
+
+
+def test_truncated_cifar10_archive_is_refused(cifar):
+    root, _ = cifar
+    archive = pack(root)
+    archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
+    message = refusal("cifar10", root)
+    assert "--dataset cifar10" in message
+    assert str(archive) in message
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps([1]), pickle.dumps({"labels": [1]})])
+def test_a_cifar10_batch_that_is_none_is_refused(cifar, content):
+    root, _ = cifar
+    (root / "cifar-10-batches-py" / "data_batch_3").write_bytes(content)
+    assert "--dataset cifar10" in refusal("cifar10", root)
+
+
+def test_truncated_cifar10_batch_is_refused(cifar):
+    root, _ = cifar
+    file = root / "cifar-10-batches-py" / "data_batch_3"
+    file.write_bytes(file.read_bytes()[:5000])
+    assert "--dataset cifar10" in refusal("cifar10", root)
+
+
+@pytest.mark.parametrize("data", [np.zeros((3, 3072)), np.zeros((3, 100), np.uint8)])
+def test_cifar10_of_another_type_or_size_is_refused(cifar, data):
+    root, _ = cifar
+    (root / "cifar-10-batches-py" / "data_batch_2").write_bytes(pickle.dumps({"data": data}, protocol=2))
+    assert "--dataset cifar10" in refusal("cifar10", root)
+
+
+def test_missing_cifar10_batch_is_refused_by_name(cifar):
+    root, _ = cifar
+    (root / "cifar-10-batches-py" / "data_batch_4").unlink()
+    message = refusal("cifar10", root)
+    assert "--dataset cifar10" in message
+    assert "data_batch_4" in message
+
+
+def test_missing_cifar10_without_a_network_is_refused(tmp_path):
+    message = refusal("cifar10", tmp_path)
+    assert "--dataset cifar10" in message
+    assert "no network" in message
+    assert datasets.CIFAR10_URL in message
+
+
+# --- folders of images ---------------------------------------------------------------------------
+
+
+def save(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(pixels, dtype=np.uint8)).save(path)
+
+
+def test_folder_finds_nested_images_in_the_order_of_their_names(tmp_path):
+    for name, level in (("b/deep/x.png", 20), ("a/y.bmp", 10), ("z.PNG", 30)):
+        save(tmp_path / name, np.full((4, 4, 3), level))
+    (tmp_path / "notes.txt").write_text("not an image")
+    images = load(f"folder:{tmp_path}", image_size=4, batch_size=3).images
+    assert images.shape == (3, 3, 4, 4)
+    assert images[:, 0, 0, 0].tolist() == [10, 20, 30]
+
+
+@pytest.mark.parametrize("tall", [False, True])
+def test_folder_crops_the_centre(tmp_path, tall):
+    """Thirds of red, green and blue: the middle one stays."""
+    pixels = np.zeros((4, 12, 3))
+    for channel in range(3):
+        pixels[:, 4 * channel : 4 * channel + 4, channel] = 255
+    save(tmp_path / "a.png", pixels.swapaxes(0, 1) if tall else pixels)
+    image = datasets.load_images(f"folder:{tmp_path}", ".", 4, "train")[0]
+    assert (image[1] == 255).all()
+    assert image.sum(dtype=torch.int64) == 255 * 16
+
+
+def test_folder_scales_the_shorter_side(tmp_path):
+    save(tmp_path / "a.png", np.full((20, 31, 3), 77))
+    images = datasets.load_images(f"folder:{tmp_path}", ".", 8, "train")
+    assert images.shape == (1, 3, 8, 8)
+    assert (images == 77).all()
+
+
+def test_folder_makes_grey_and_transparent_images_rgb(tmp_path):
+    grey = np.arange(16).reshape(4, 4) * 10
+    save(tmp_path / "a.png", grey)
+    save(tmp_path / "b.png", np.dstack([grey, grey, grey, np.full((4, 4), 255)]))
+    images = datasets.load_images(f"folder:{tmp_path}", ".", 4, "train")
+    np.testing.assert_array_equal(images, np.broadcast_to(grey, (2, 3, 4, 4)))
+
+
+@pytest.mark.parametrize("damage", ["text", "truncated", "empty"])
+def test_an_unreadable_image_is_named(tmp_path, damage):
+    for i in range(20):
+        save(tmp_path / f"{i}.png", np.random.default_rng(i).integers(0, 256, (16, 16, 3)))
+    bad = tmp_path / "13.png"
+    bad.write_bytes({"text": b"not an image", "truncated": bad.read_bytes()[:200], "empty": b""}[damage])
+    message = refusal(f"folder:{tmp_path}", image_size=16)
+    assert "--dataset" in message
+    assert str(bad) in message
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    message = refusal(f"folder:{tmp_path}", image_size=8)
+    assert "--dataset" in message
+    assert "none" in message
+
+
+def test_a_folder_that_does_not_exist_is_refused(tmp_path):
+    assert "--dataset" in refusal(f"folder:{tmp_path / 'nowhere'}", image_size=8)
+
+
+def test_a_folder_needs_an_image_size_and_has_no_test_split(tmp_path):
+    save(tmp_path / "a.png", np.zeros((4, 4)))
+    assert "--image-size" in refusal(f"folder:{tmp_path}")
+    assert "--eval-split" in refusal(f"folder:{tmp_path}", image_size=4, split="test")
+
+
+# --- other refusals ------------------------------------------------------------------------------
+
+
+def test_data_smaller_than_a_batch_is_refused(mnist):
+    message = refusal("mnist", mnist[0], batch_size=13)
+    assert "--batch-size is 13" in message
+    assert "at most 12" in message
+
+
+@pytest.mark.parametrize("name", ["8gaussians", "digits"])
+def test_a_batch_that_processes_cannot_share_is_refused(name):
+    assert "--batch-size is 10" in refusal(name, batch_size=10, world_size=3)
+
+
+def test_an_unknown_data_set_is_refused():
+    message = refusal("imagenet")
+    assert "--dataset is imagenet" in message
+    assert "8gaussians" in message
+
+
+@pytest.mark.parametrize("split", ["test", "all"])
+def test_digits_have_no_test_split(split):
+    assert "--eval-split" in refusal("digits", split=split)

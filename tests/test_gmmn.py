@@ -1,0 +1,118 @@
+"""gmmn.py against the paper: loss, auto-encoder, networks, schedule, bandwidths."""
+
+import math
+
+import pytest
+import torch
+
+import gmmn as script
+from common import kernels
+
+
+def test_generator_loss_is_the_root_of_the_biased_mmd():
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
+
+    def mean(a, b):
+        return sum(
+            math.exp(-((p - q) ** 2).sum().item() / (2 * s**2)) for p in a for q in b for s in (0.5, 2.0)
+        ) / (len(a) * len(b))
+
+    expected = math.sqrt(mean(x, x) - 2 * mean(x, y) + mean(y, y))
+    loss = script.generator_loss(*kernels.gram_blocks(x, y, "rbf", (0.5, 2.0)))
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_gradient_is_the_authors_closed_form():
+    """(2 / sigma^2) (A X - diag(A 1) X) over 2 sqrt(V), with A = s s^T * K and s = 1/n, -1/m."""
+    torch.manual_seed(1)
+    x, y = torch.randn(6, 2, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    loss = script.generator_loss(*kernels.gram_blocks(x, y, "rbf", (1.3,)))
+    (gradient,) = torch.autograd.grad(loss, y)
+    z = torch.cat([y.detach(), x])
+    s = torch.cat([torch.full((5,), 1 / 5), torch.full((6,), -1 / 6)]).double()
+    a = s[:, None] * s[None, :] * torch.exp(-((z[:, None] - z[None]) ** 2).sum(2) / (2 * 1.3**2))
+    closed = 2 / 1.3**2 * (a @ z - a.sum(1)[:, None] * z) / (2 * math.sqrt(a.sum().item()))
+    torch.testing.assert_close(gradient, closed[:5])
+
+
+def test_published_bandwidths_are_variances():
+    """exp(-d2 / (2 s)) over {2, 5, 10, 20, 40, 80}: MMD^2 of N(0, 1) and N(1, 1) is 0.435, not 0.179."""
+    grid = torch.special.ndtri((torch.arange(2000, dtype=torch.float64) + 0.5) / 2000)[:, None]
+    gram = kernels.gram_blocks(grid, grid + 1, "rbf", script.DEFAULTS["images"]["bandwidths"])
+    assert script.generator_loss(*gram).item() ** 2 == pytest.approx(0.435, abs=1e-3)
+
+
+def test_parameter_counts():
+    count = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
+    assert count(script.Generator((1, 28, 28), 10, 1024, False)) == 1_149_904
+    assert count(script.Generator((32,), 10, 1024, False)) == 379_104
+    assert count(script.Autoencoder((1, 28, 28), 32, 1024)) == 1_674_032
+    assert count(script.Generator((2,), 2, 512, True)) == 527_874
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(1024, 500)
+    script.initialise(layer)
+    assert layer.weight.std().item() == pytest.approx(1 / 32, rel=0.01)
+    assert (layer.bias == 0).all()
+
+
+def test_layer_loss_trains_one_layer_on_the_codes_below_it():
+    torch.manual_seed(0)
+    autoencoder, x = script.Autoencoder((1, 4, 4), 3, 8), torch.rand(5, 1, 4, 4)
+    for dropout in autoencoder.dropouts:
+        dropout.p = 0.0
+    loss = script.layer_loss(autoencoder, x, 1)
+    h = torch.sigmoid(x.flatten(1) @ autoencoder.encoders[0].weight.T)
+    code = torch.sigmoid(h @ autoencoder.encoders[1].weight.T)
+    p = torch.sigmoid(code @ autoencoder.decoders[1].weight.T)
+    expected = -(h * p.log() + (1 - h) * (1 - p).log()).sum(1).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
+    trained = {name for name, p in autoencoder.named_parameters() if p.grad is not None}
+    assert trained == {"encoders.1.weight", "encoders.1.bias", "decoders.1.weight", "decoders.1.bias"}
+
+
+def test_autoencoder_loss_and_its_dropout():
+    torch.manual_seed(0)
+    autoencoder, x = script.Autoencoder((1, 4, 4), 3, 8), torch.rand(5, 1, 4, 4)
+    assert script.autoencoder_loss(autoencoder, x) != script.autoencoder_loss(autoencoder, x)
+    for dropout in autoencoder.dropouts:
+        dropout.p = 0.0
+    y = autoencoder.decode(autoencoder.encode(x))
+    expected = -(x * y.log() + (1 - x) * (1 - y).log()).sum((1, 2, 3)).mean()
+    assert script.autoencoder_loss(autoencoder, x).item() == pytest.approx(expected.item(), rel=1e-5)
+    autoencoder.eval()
+    assert torch.equal(autoencoder.encode(x), autoencoder.encode(x))
+
+
+def test_drop_of_learning_rate_and_momentum(tmp_path):
+    """After drop_step the learning rate is a tenth, and momentum 0.9 becomes 0.99."""
+    args = script.Args(
+        total_steps=2,
+        drop_step=1,
+        batch_size=8,
+        width=16,
+        eval_every=0,
+        runs_dir=str(tmp_path),
+        optimizer="sgd",
+    )
+    script.train(args)
+    (folder,) = tmp_path.iterdir()
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    group = state["g_optimizer"]["param_groups"][0]
+    assert (group["lr"], group["momentum"]) == pytest.approx((0.02, 0.99))
+
+
+def test_autoencoder_is_trained_before_the_generator_and_then_frozen(tmp_path):
+    settings = {"batch_size": 100, "width": 16, "ae_steps": 2, "eval_every": 0, "autoencoder": True}
+    script.train(script.Args(total_steps=1, runs_dir=str(tmp_path / "a"), **settings))
+    script.train(script.Args(total_steps=3, runs_dir=str(tmp_path / "b"), **settings))
+    a, b = (
+        torch.load(next((tmp_path / name).iterdir()) / "checkpoint.pt", weights_only=True) for name in "ab"
+    )
+    assert a["autoencoder"]["updates"] == 6
+    assert all(torch.equal(a["autoencoder"][key], b["autoencoder"][key]) for key in a["autoencoder"])
+    assert a["generator"]["layers.8.weight"].shape == (32, 16)  # it makes codes

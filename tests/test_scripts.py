@@ -1,0 +1,432 @@
+"""What every script must do alike: the skeleton, resuming, signals, errors, the command line."""
+
+import ast
+import difflib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from common import datasets, run
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py"))
+SMALL = ["--width", "16", "--batch-size", "16", "--log-every", "1", "--eval-samples", "32"]
+METHOD = {"gmmn": ["--ae-steps", "2"]}
+
+
+def train(script, *options, runs):
+    """Run a script's train in process; return its run folder."""
+    module = import_module(script)
+    before = set(runs.glob("*"))
+    small = [] if "--resume" in options else [*SMALL, *METHOD.get(script, [])]
+    module.train(run.parse(module.Args, [*small, "--runs-dir", str(runs), *options]))
+    return next(iter(set(runs.glob("*")) - before), None)
+
+
+def stopped(script, *options, runs, i, number, monkeypatch):
+    """Run a script as its command line does, and send it a signal when batch i is drawn."""
+    batch, module = datasets.Images.batch, import_module(script)
+
+    def interrupted(self, j):
+        if j == i:
+            signal.raise_signal(number)
+        return batch(self, j)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.Images, "batch", interrupted)
+        patch.setattr(
+            sys, "argv", [script, *SMALL, *METHOD.get(script, []), "--runs-dir", str(runs), *options]
+        )
+        with pytest.raises(SystemExit) as exit_:
+            run.main(module.train, module.Args)
+    assert exit_.value.code == 128 + number
+    return next(runs.iterdir())
+
+
+def checkpoint(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def same(a, b):
+    """Are two checkpoints equal, bit for bit, but for arguments that may change?"""
+    leaves = torch.utils._pytree.tree_leaves
+    a, b = ({key: value for key, value in c.items() if key != "args"} for c in (a, b))
+    pairs = list(zip(leaves(a), leaves(b), strict=True))
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
+
+
+def curves(folder):
+    """All scalars but speed, as {tag: [(step, value), ...]}, with what was taken back left out."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag != "charts/steps_per_second"]
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+
+
+# --- side by side ----------------------------------------------------------------------------------
+
+
+def section(script, first, last):
+    text = (ROOT / f"{script}.py").read_text()
+    return text[text.index(first) : text.index(last)]
+
+
+def lines_of_train(script):
+    return [line for line in section(script, "\ndef train(", "\nif __name__").splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shared_sections_are_identical(script):
+    strip = lambda text: text.replace("import math\n", "")  # noqa: E731
+    for first, last in (("# --- imports", "# --- arguments"), ("    # --- run ---", "    # --- method ---")):
+        assert strip(section(script, first, last)) == strip(section("mmd_gan_repulsive", first, last))
+
+
+FLOORS = {"gmmn": 0.65, "mmd_gan_repulsive": 0.75}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_train_shares_its_lines(script):
+    other = "mmd_gan_repulsive" if script == "gmmn" else "gmmn"
+    a, b = lines_of_train(script), lines_of_train(other)
+    blocks = difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
+    share = 2 * sum(block.size for block in blocks) / (len(a) + len(b))
+    assert share >= 0.65, "\n".join(difflib.unified_diff(a, b, script, other, lineterm="", n=0))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_length_and_banners(script):
+    source = (ROOT / f"{script}.py").read_text()
+    docstring = ast.parse(source).body[0].end_lineno
+    assert len(source.splitlines()) - docstring <= (500 if script == "smmd_gan" else 400)
+    banners = re.findall(r"^# --- (.*?) -+$", source, re.MULTILINE)
+    assert banners == ["imports", "arguments", "networks", "losses", "sampling", "training"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_read(script):
+    sources = [ROOT / f"{script}.py", *(ROOT / "common").glob("*.py")]
+    nodes = [node for path in sources for node in ast.walk(ast.parse(path.read_text()))]
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    resolved = {"log_every", "sample_every", "save_every"}
+    names = {field.name for field in fields(import_module(script).Args)}
+    assert names - read - resolved == set()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_deviations_named_in_the_code_are_listed(script):
+    module = import_module(script)
+    listed = set(re.findall(r"^ +(\d+)\. ", module.__doc__, re.MULTILINE))
+    used = set(re.findall(r"# Deviation (\d+)", (ROOT / f"{script}.py").read_text()))
+    assert listed
+    assert used <= listed
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_usage_lines_parse(script):
+    module = import_module(script)
+    commands = re.findall(rf"^    python {script}\.py(.*)$", module.__doc__, re.MULTILINE)
+    assert len(commands) >= 2
+    for options in commands:
+        run.parse(module.Args, options.split())
+
+
+# --- a run -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("dataset", ["digits", "8gaussians", "ring3d"])
+def test_run_folder(script, dataset, tmp_path, capsys):
+    folder = train(script, "--dataset", dataset, "--total-steps", "2", "--eval-every", "2", runs=tmp_path)
+    assert folder.name.startswith(f"{dataset}__{script}__1__")
+    assert {p.name for p in folder.iterdir()} >= {"args.json", "checkpoint.pt", "results.json", "samples"}
+    assert [p.name for p in (folder / "samples").iterdir()] == ["0000002.png"]
+    results = json.loads((folder / "results.json").read_text())
+    assert results["step"] == 2
+    assert all(math.isfinite(value) for value in results["metrics"].values())
+    assert results["protocol"]["samples"] == (32 if dataset == "digits" else 2000)
+    tags = curves(folder)
+    assert {"losses/generator", *(f"eval/{name}" for name in results["metrics"])} <= set(tags)
+    assert {"kernel/k_xx", "kernel/k_xy", "kernel/k_yy"} <= set(tags)
+    assert [step for step, _ in tags["losses/generator"]] == [1, 2]
+    assert str(folder) in capsys.readouterr().out.splitlines()[-1]
+    arguments = json.loads((folder / "args.json").read_text())
+    assert arguments["learning_rate"] is not None  # resolved
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_resumed_run_equals_the_one_never_stopped(script, tmp_path):
+    """N + M steps = N, stop, resume, M, with pictures and evaluations on one side only."""
+    whole = train(
+        script, "--total-steps", "5", "--eval-every", "0", "--ema-decay", "0.5", runs=tmp_path / "a"
+    )
+    quiet = ["--eval-every", "1", "--sample-every", "1", "--save-every", "2", "--ema-decay", "0.5"]
+    part = train(script, "--total-steps", "3", *quiet, runs=tmp_path / "b")
+    assert not same(checkpoint(whole), checkpoint(part))
+    train(script, "--resume", str(part), "--total-steps", "5", runs=tmp_path / "b")
+    assert same(checkpoint(whole), checkpoint(part))
+    a, b = curves(whole), curves(part)
+    assert all(a[tag] == b[tag] for tag in a)
+
+
+def test_resume_within_the_auto_encoder(tmp_path, monkeypatch):
+    options = ["--autoencoder", "--ae-steps", "3", "--total-steps", "2", "--eval-every", "0"]
+    whole = train("gmmn", *options, runs=tmp_path / "a")
+    part = stopped("gmmn", *options, runs=tmp_path / "b", i=4, number=signal.SIGTERM, monkeypatch=monkeypatch)
+    assert checkpoint(part)["autoencoder"]["updates"] == 5
+    train("gmmn", "--resume", str(part), runs=tmp_path / "b")
+    assert same(checkpoint(whole), checkpoint(part))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_finishes_the_step_and_saves(script, number, tmp_path, monkeypatch, capsys):
+    options = ["--total-steps", "3", "--eval-every", "0", "--save-every", "0"]
+    whole = train(script, *options, runs=tmp_path / "a")
+    part = stopped(script, *options, runs=tmp_path / "b", i=1, number=number, monkeypatch=monkeypatch)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # put back
+    assert f"--resume {part}" in capsys.readouterr().out
+    assert 0 < checkpoint(part)["step"] < 3
+    train(script, "--resume", str(part), runs=tmp_path / "b")
+    assert same(checkpoint(whole), checkpoint(part))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_nan_ends_the_run_and_never_enters_a_checkpoint(script, tmp_path, monkeypatch):
+    batch = datasets.Images.batch
+    bad = lambda self, i: batch(self, i) * (math.nan if i >= 4 else 1)  # noqa: E731
+    monkeypatch.setattr(datasets.Images, "batch", bad)
+    with pytest.raises(run.Failed, match=r"loss was not finite at step [1-9]"):
+        train(script, "--total-steps", "9", "--log-every", "0", "--save-every", "1", runs=tmp_path)
+    (folder,) = tmp_path.iterdir()
+    state = checkpoint(folder)
+    assert all(t.isfinite().all() for t in torch.utils._pytree.tree_leaves(state) if hasattr(t, "isfinite"))
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    model = torch.nn.Linear(1, 1)
+    model.weight.data.fill_(math.inf)
+    with pytest.raises(run.Failed, match="weights were not finite at step 7"):
+        run.save_checkpoint(tmp_path, import_module("gmmn").Args(), "gmmn", 7, {"generator": model}, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_eval_only(script, tmp_path):
+    folder = train(script, "--total-steps", "1", "--eval-every", "1", runs=tmp_path)
+    first, weights = (
+        json.loads((folder / "results.json").read_text()),
+        (folder / "checkpoint.pt").read_bytes(),
+    )
+    (folder / "results.json").unlink()
+    train(script, "--resume", str(folder), "--eval-only", runs=tmp_path)
+    assert json.loads((folder / "results.json").read_text()) == first
+    assert (folder / "checkpoint.pt").read_bytes() == weights
+    with np.load(folder / "samples.npz") as samples:
+        assert samples["samples"].shape == (32, 1, 8, 8)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_seed_decides_everything(script, tmp_path):
+    states = [
+        checkpoint(
+            train(script, "--total-steps", "2", "--eval-every", "0", "--seed", s, runs=tmp_path / str(i))
+        )
+        for i, s in enumerate("112")
+    ]
+    assert same(states[0], states[1])
+    assert not same(states[0], states[2])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_bf16_and_average_of_weights(script, tmp_path):
+    folder = train(
+        script,
+        "--total-steps",
+        "2",
+        "--precision",
+        "bf16",
+        "--ema-decay",
+        "0.9",
+        "--eval-every",
+        "2",
+        runs=tmp_path,
+    )
+    state = checkpoint(folder)
+    assert all(
+        t.dtype != torch.bfloat16 for t in torch.utils._pytree.tree_leaves(state) if hasattr(t, "dtype")
+    )
+    name, live = next(
+        (k, v) for k, v in state["generator"].items() if v.is_floating_point() and v.numel() > 1
+    )
+    assert not torch.equal(state["ema"][f"module.{name}"], live)
+
+
+def test_two_runs_in_the_same_second_get_two_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda _: "same")
+    args = import_module("gmmn").Args(runs_dir=str(tmp_path))
+    folders = {run.make_folder(args, "gmmn", 0) for _ in range(3)}
+    assert len(folders) == 3
+
+
+# --- refusals --------------------------------------------------------------------------------------
+
+BAD = [
+    (["--dataset", "cifar11"], "--dataset is cifar11"),
+    (["--dataset", "folder:nowhere"], "--dataset is folder:nowhere"),
+    (["--dataset", "mnist", "--data-dir", "nowhere"], "--dataset mnist"),
+    (["--batch-size", "0"], "--batch-size is 0"),
+    (["--batch-size", "1798"], "--batch-size is 1798, but should be at most 1797"),
+    (["--total-steps", "-1"], "--total-steps is -1"),
+    (["--width", "0"], "--width is 0"),
+    (["--image-size", "0"], "--image-size is 0"),
+    (["--seed", "-1"], "--seed is -1"),
+    (["--log-every", "-5"], "--log-every is -5"),
+    (["--ema-decay", "1"], "--ema-decay is 1.0"),
+    (["--ema-decay", "nan"], "--ema-decay is nan"),
+    (["--bandwidths", "1", "0"], "--bandwidths is (1.0, 0.0)"),
+    (["--bandwidths", "nan"], "--bandwidths is (nan,)"),
+    (["--learning-rate", "0"], "--learning-rate is 0.0"),
+    (["--learning-rate", "nan"], "--learning-rate is nan"),
+    (["--latent-dim", "0"], "--latent-dim is 0"),
+    (["--device", "nonsense"], "--device nonsense"),
+    (["--device", "cuda:7"], "--device cuda:7"),
+    (["--eval-split", "test"], "--eval-split is test"),
+    (["--eval-only"], "--eval-only"),
+    (["--eval-samples", "2"], "--eval-samples is 2"),
+    (["--resume", "nowhere"], "--resume nowhere"),
+    (
+        ["--eval-features", "inception", "--inception-weights", "nowhere.pth"],
+        "--inception-weights nowhere.pth",
+    ),
+    (["--runs-dir", "README.md/runs"], "README.md/runs"),
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(("options", "message"), BAD, ids=lambda v: v if isinstance(v, str) else "")
+def test_bad_input_is_one_line_and_leaves_nothing(script, options, message, tmp_path, monkeypatch):
+    module = import_module(script)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("a file, not a folder")
+    with pytest.raises(run.BadInput) as error:
+        module.train(run.parse(module.Args, ["--eval-every", "1", *options]))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_resume_refuses_what_makes_another_run(tmp_path):
+    folder = train("gmmn", "--total-steps", "1", "--eval-every", "0", runs=tmp_path)
+    with pytest.raises(run.BadInput, match=r"--seed 2 \(was 1\), --momentum 0.5 \(was 0.9\)"):
+        train("gmmn", "--resume", str(folder), "--seed", "2", "--momentum", "0.5", runs=tmp_path)
+    with pytest.raises(run.BadInput, match="not a run folder of this script"):
+        train("mmd_gan_repulsive", "--resume", str(folder), runs=tmp_path)
+    good = (folder / "checkpoint.pt").read_bytes()
+    (folder / "checkpoint.pt").write_bytes(good[: len(good) // 2])
+    with pytest.raises(run.BadInput, match="damaged"):
+        train("gmmn", "--resume", str(folder), runs=tmp_path)
+    (folder / "checkpoint.pt").unlink()
+    with pytest.raises(run.BadInput, match="missing"):
+        train("gmmn", "--resume", str(folder), runs=tmp_path)
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_checkpoint_does_not_execute_what_is_in_it(tmp_path, monkeypatch):
+    folder = train("gmmn", "--total-steps", "1", "--eval-every", "0", runs=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    torch.save({"script": Payload()}, folder / "checkpoint.pt")
+    with pytest.raises(run.BadInput, match="damaged"):
+        train("gmmn", "--resume", str(folder), runs=tmp_path)
+    assert not Path("executed").exists()
+
+
+def test_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    folder = train("gmmn", "--total-steps", "1", "--eval-every", "0", runs=tmp_path)
+    good = (folder / "checkpoint.pt").read_bytes()
+
+    def full(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(run.Failed, match="No space left"):
+        train("gmmn", "--resume", str(folder), "--total-steps", "2", runs=tmp_path)
+    assert (folder / "checkpoint.pt").read_bytes() == good
+
+
+def test_exit_status_of_the_command_line(tmp_path, monkeypatch, capsys):
+    module = import_module("mmd_gan_repulsive")
+    monkeypatch.chdir(tmp_path)
+    for options in (["--batch-size", "0"], ["--no-such-flag", "1"]):
+        monkeypatch.setattr(sys, "argv", ["mmd_gan_repulsive.py", *options])
+        with pytest.raises(SystemExit) as exit_:
+            run.main(module.train, module.Args)
+        assert exit_.value.code == 2
+        assert options[0] in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_line_in_a_process_of_its_own(tmp_path):
+    command = [
+        sys.executable,
+        ROOT / "mmd_gan_repulsive.py",
+        *SMALL,
+        "--total-steps",
+        "2",
+        "--eval-every",
+        "0",
+    ]
+    good = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (good.returncode, good.stderr) == (0, "")  # quiet where there is no terminal
+    assert good.stdout.splitlines()[-1].startswith("runs/digits__mmd_gan_repulsive__1__")
+
+
+def test_cifar10_in_the_original_format_at_the_papers_width(tmp_path):
+    """A few genuine-format images, the paper's networks, two steps; without the archive, one clear line."""
+    import pickle
+    import tarfile
+
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for i in range(1, 6):
+        data = np.random.default_rng(i).integers(0, 256, (4, 3072), dtype=np.uint8)
+        (folder / f"data_batch_{i}").write_bytes(pickle.dumps({"data": data, "labels": [0] * 4}, protocol=2))
+    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as archive:
+        archive.add(folder, folder.name)
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    module = import_module("mmd_gan_repulsive")
+    options = ["--dataset", "cifar10", "--data-dir", str(tmp_path), "--batch-size", "4", "--total-steps", "2"]
+    options += [
+        "--eval-features",
+        "pixels",
+        "--eval-every",
+        "2",
+        "--kernel",
+        "rbf-b",
+        "--runs-dir",
+        str(tmp_path / "r"),
+    ]
+    metrics = module.train(run.parse(module.Args, options))
+    assert math.isfinite(metrics["pixel_frechet"])
+    state = checkpoint(next((tmp_path / "r").iterdir()))
+    assert state["args"]["width"] == 64
+    assert state["generator"]["layers.0.weight"].shape == (8192, 128)
