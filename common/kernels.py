@@ -6,7 +6,6 @@ a sum over its bandwidths, never a mean. Half types are promoted to float32, flo
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_functional
 from torch import Tensor, nn
 
 
@@ -15,16 +14,43 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+class _Gather(torch.autograd.Function):
+    """(B, d) on each of N processes -> (N * B, d); PyTorch's own is deprecated or private."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _SumAndSplit.apply(grad)
+
+
+class _SumAndSplit(torch.autograd.Function):
+    """The adjoint of _Gather: sum (N * B, d) over processes, keep one's own (B, d)."""
+
+    @staticmethod
+    def forward(ctx, grad: Tensor) -> Tensor:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()].clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _Gather.apply(grad)
+
+
 def gather(features: Tensor) -> Tensor:
     """Join the features of all processes, (B, d) on each of N -> (N * B, d), with their gradients.
 
     MMD is a statistic of the whole batch, not a mean over its parts. Backward sums what every process
     has to say about this one's features, so gradients that are then averaged over processes are those
-    of one process with the whole batch. On one process: the identity.
+    of one process with the whole batch. Twice differentiable; on one process the identity.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return features
-    return torch.cat(dist_functional.all_gather(features.contiguous()))
+    single = not dist.is_initialized() or dist.get_world_size() == 1
+    return features if single else _Gather.apply(features)
 
 
 def average_gradients(*modules: nn.Module) -> None:
