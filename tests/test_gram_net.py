@@ -1,0 +1,467 @@
+"""gram_net.py against the paper: density ratio, divergence, both games, networks, pictures."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import gram_net as script
+from common import datasets, kernels, run
+
+FAST = dict(total_steps=3, batch_size=8, width=8, eval_every=0, log_every=1, sample_every=0)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def features(n=12, d=3, seed=0):
+    return randn(n, d, seed=seed), randn(n, d, seed=seed + 100) * 0.8 + 0.5
+
+
+def gram(a, b, sigma):
+    """k(a_i, b_j) = exp(-|a_i - b_j|^2 / (2 sigma^2)) from explicit differences."""
+    return torch.exp(-(a[:, None] - b[None]).square().sum(-1) / (2 * sigma**2))
+
+
+def literal_ratio(de, nu, bandwidths, ridge):
+    """Eq. (8) with an explicit inverse, averaged over the bandwidths."""
+    total = torch.zeros(len(de), dtype=torch.float64)
+    for s in bandwidths:
+        inverse = torch.linalg.inv(gram(de, de, s) + ridge * torch.eye(len(de), dtype=torch.float64))
+        total += len(de) / len(nu) * (inverse @ gram(de, nu, s) @ torch.ones(len(nu), dtype=torch.float64))
+    return total / len(bandwidths)
+
+
+def literal_mmd2(x, y, bandwidths):
+    """Eq. (10): all pairs, the diagonals too."""
+    return sum(
+        (gram(x, x, s).sum() / len(x) ** 2).item()
+        - 2 * (gram(x, y, s).sum() / (len(x) * len(y))).item()
+        + (gram(y, y, s).sum() / len(y) ** 2).item()
+        for s in bandwidths
+    )
+
+
+def run_losses(x, y, **kwargs):
+    return script.losses(x, y, script.Args(**{"bandwidths": (1.0,), **kwargs}))
+
+
+def ratio_of(x, y, ridge, sigma=1.0):
+    """The estimate of p/q at the points y ~ q (n, d), for x ~ p, as the script makes it."""
+    _, k_xy, k_yy = kernels.gram_blocks(x, y, "rbf", (sigma,))
+    return script.density_ratio(k_yy, k_xy.T, ridge)
+
+
+# --- the ratio -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_nu", [9, 14])
+def test_ratio_is_equation_8_for_unequal_sizes_and_batches_of_kernels(n_nu):
+    de, nu = randn(9, 2), randn(n_nu, 2, seed=1)
+    k_de = torch.stack([gram(de, de, s) for s in (0.5, 2.0)])
+    k_de_nu = torch.stack([gram(de, nu, s) for s in (0.5, 2.0)])
+    ratio = script.density_ratio(k_de, k_de_nu, 1e-2)
+    assert ratio.shape == (2, 9)
+    for r, s in zip(ratio, (0.5, 2.0)):
+        torch.testing.assert_close(r, literal_ratio(de, nu, (s,), 1e-2), rtol=1e-9, atol=1e-9)
+
+
+def test_ratio_of_identical_sets_is_one():
+    """methods.md 12.6, 200 points in two dimensions: mean 0.99996, range 0.9966 to 1.0029."""
+    x = randn(200, 2)
+    ratio = ratio_of(x, x, 1e-3)
+    assert ratio.mean().item() == pytest.approx(1, abs=2e-4)
+    assert ratio.min() > 0.99
+    assert ratio.max() < 1.01
+
+
+@pytest.mark.parametrize("bandwidths", [(1.0,), (0.5, 1.0, 2.0, 4.0)])
+def test_equal_samples_have_mean_ratio_one_for_any_number_of_bandwidths(bandwidths):
+    """D-GRAM-6: with a sum over 4 bandwidths in the place of the mean, the divergence would be about 9."""
+    x = randn(100, 2)
+    for as_coded in (False, True):
+        c_loss, g_loss, logged = run_losses(x, x.clone(), bandwidths=bandwidths, as_coded=as_coded)
+        assert logged["losses/pearson_divergence"].item() == pytest.approx(0, abs=1e-3)
+        assert c_loss.item() == pytest.approx(-1 if as_coded else -100, rel=1e-3)
+        assert g_loss.item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("mu", "divergence"), [(0.5, 0.2840), (1.0, 1.7183)])
+def test_ratio_and_divergence_of_two_gaussians(mu, divergence):
+    """methods.md 12.6, N = 1000 and ridge 0.1: r(x) = exp(mu x - mu^2 / 2), divergence exp(mu^2) - 1."""
+    assert math.expm1(mu**2) == pytest.approx(divergence, abs=1e-4)
+    estimates, means, correlations = [], [], []
+    for seed in range(3):
+        y, x = randn(1000, 1, seed=seed), randn(1000, 1, seed=seed + 50) + mu
+        ratio = ratio_of(x, y, 0.1)
+        true = (mu * y[:, 0] - mu**2 / 2).exp()
+        means.append(ratio.mean())
+        estimates.append(script.pearson_divergence(ratio))
+        correlations.append(torch.corrcoef(torch.stack([ratio, true]))[0, 1])
+    mean = lambda values: torch.stack(values).mean().item()  # noqa: E731
+    assert mean(means) == pytest.approx(1, abs=0.02)
+    assert mean(estimates) == pytest.approx(divergence, rel=0.3)
+    assert mean(correlations) > 0.85
+
+
+def test_singular_gram_matrix_needs_the_ridge_and_float64():
+    """T-11: 200 points in one dimension. The script's solve from float32 features is that of float64."""
+    x = randn(200, 1)
+    k = gram(x, x, 1.0)
+    assert torch.linalg.cond(k) > 1e15
+    assert torch.linalg.cond(k + 1e-3 * torch.eye(200)) == pytest.approx(1.2e5, rel=0.5)
+    ridged = script.density_ratio(k.float(), k.float(), 1e-3)  # of a float32 matrix, solved in float64
+    assert ridged.dtype == torch.float64
+    assert (ridged - 1).abs().max() < 0.01
+    bare = torch.linalg.solve(k.float(), k.float().sum(1))
+    assert (bare - 1).abs().max() > 1  # what the ridge and float64 are for
+    single = x.float(), x.float() * 1.1  # features as networks give them: all that follows is float64
+    for got, expected in zip(run_losses(*single), run_losses(*(part.double() for part in single))):
+        if isinstance(got, torch.Tensor):
+            assert got.item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_far_features_make_an_identity_and_a_useless_ratio():
+    """T-10: in 128 dimensions d2 is about 256, the Gram matrix the identity and the ratio zero: PD is 1."""
+    x, y = randn(64, 128), randn(64, 128, seed=1)
+    _, _, k_yy = kernels.gram_blocks(x, y, "rbf", (1.0,))
+    assert (k_yy - torch.eye(64)).abs().max() < 1e-20
+    assert torch.linalg.cond(k_yy) == pytest.approx(1)
+    assert ratio_of(x, y, 1e-3).abs().max() < 1e-20
+    x.requires_grad_(True)
+    c_loss, _, logged = run_losses(x, y)
+    assert logged["losses/pearson_divergence"].item() == pytest.approx(1)
+    assert torch.autograd.grad(c_loss, x)[0].abs().max() < 1e-20
+    assert ratio_of(x.detach(), y, 1e-3, sigma=16).mean().item() == pytest.approx(1, abs=0.2)  # one that fits
+
+
+def test_singular_matrix_without_ridge_gives_no_exception():
+    ratio = script.density_ratio(torch.ones(3, 3), torch.ones(3, 3), 0.0)
+    assert not ratio.isfinite().all()  # so that run.check_finite says which loss, and when
+
+
+# --- losses ----------------------------------------------------------------------------------------
+
+BANDWIDTHS = (0.5, 1.0, 3.0)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_losses_are_equations_9_and_10(weight):
+    x, y = features()
+    c_loss, g_loss, logged = run_losses(x, y, bandwidths=BANDWIDTHS, positivity_weight=weight, ridge=1e-2)
+    r = literal_ratio(y, x, BANDWIDTHS, 1e-2)  # p/q at y: the denominator's points are the generated ones
+    divergence = sum((v - 1) ** 2 for v in r.tolist()) / 12
+    assert c_loss.item() == pytest.approx(-divergence - weight * sum(r.tolist()), rel=1e-9)
+    assert g_loss.item() == pytest.approx(literal_mmd2(x, y, BANDWIDTHS), rel=1e-9)
+    assert logged["losses/pearson_divergence"].item() == pytest.approx(divergence, rel=1e-9)
+    assert logged["losses/mmd2"].item() == pytest.approx(g_loss.item())
+    assert logged["charts/negative_ratios"].item() == pytest.approx(sum(v < 0 for v in r.tolist()) / 12)
+    total = sum(gram(x, y, s) for s in BANDWIDTHS)
+    mean = (total.sum() - total.diagonal().sum()).item() / (12 * 11)
+    assert logged["kernel/k_xy"].item() == pytest.approx(mean)
+
+
+def test_clipping_leaves_negative_ratios_and_the_sum_out():
+    ratio = torch.tensor([-2.0, 0.5, 3.0], dtype=torch.float64, requires_grad=True)
+    loss = script.critic_loss(ratio, "clip", 1.0)
+    assert loss.item() == pytest.approx(-(1 + 0.25 + 4) / 3)
+    assert torch.autograd.grad(loss, ratio)[0].tolist() == pytest.approx([0, 1 / 3, -4 / 3])
+    loss = script.critic_loss(ratio, "sum", 2.0)
+    assert loss.item() == pytest.approx(-(9 + 0.25 + 4) / 3 - 2 * 1.5)
+    assert torch.autograd.grad(loss, ratio)[0].tolist() == pytest.approx([2 - 2, 1 / 3 - 2, -4 / 3 - 2])
+    x, y = features(seed=3)
+    r = literal_ratio(y, x, (1.0,), 1e-3)
+    assert (r < 0).any()
+    expected = -sum((max(v, 0) - 1) ** 2 for v in r.tolist()) / 12
+    assert run_losses(x, y, positivity="clip")[0].item() == pytest.approx(expected, rel=1e-7)
+
+
+def test_as_coded_is_the_notebooks_game():
+    x, y = features()
+    c_loss, g_loss, logged = run_losses(x, y, bandwidths=BANDWIDTHS, ridge=1e-2, as_coded=True)
+    r = literal_ratio(x, y, BANDWIDTHS, 1e-2)  # q/p at x
+    assert c_loss.item() == pytest.approx(-r.mean().item(), rel=1e-9)
+    assert g_loss.item() == pytest.approx(literal_mmd2(x, y, BANDWIDTHS) ** 0.5, rel=1e-9)
+    assert logged["losses/mmd2"].item() == pytest.approx(g_loss.item() ** 2)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"positivity": "clip"}, {"as_coded": True}])
+def test_gradients_are_those_of_finite_differences(kwargs):
+    x, y = features(n=6, d=2, seed=5)
+    inputs = x.requires_grad_(True), y.requires_grad_(True)
+    options = {"bandwidths": (0.7, 1.5), "ridge": 1e-2, **kwargs}
+    assert torch.autograd.gradcheck(lambda a, b: run_losses(a, b, **options)[:2], inputs, rtol=1e-4)
+
+
+def test_gradients_with_the_default_ridge_in_the_ill_conditioned_regime():
+    """Features in float32, close together: the gradient of float64 finite differences within a percent."""
+    x, y = randn(30, 1) * 0.5, randn(30, 1, seed=1) * 0.5 + 0.2
+    single = y.float().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(run_losses(x.float(), single)[0], single)
+    y = single.detach().double()
+    for i in (0, 7, 29):
+        step = torch.zeros_like(y)
+        step[i] = 1e-6
+        x64 = x.float().double()
+        difference = (run_losses(x64, y + step)[0] - run_losses(x64, y - step)[0]) / 2e-6
+        assert gradient[i].item() == pytest.approx(difference.item(), rel=1e-2, abs=1e-2)
+
+
+def test_critic_separates_and_generator_approaches():
+    """One step down the critic's loss raises the divergence, one down the generator's lowers the MMD."""
+    x, y = features(40, 2)
+    weight = torch.eye(2, dtype=torch.float64, requires_grad=True)  # of a linear critic
+    c_loss, _, logged = run_losses(x @ weight, y @ weight, positivity_weight=0.0)
+    (gradient,) = torch.autograd.grad(c_loss, weight)
+    moved = (weight - 1e-4 * gradient / gradient.norm()).detach()
+    after = run_losses(x @ moved, y @ moved)[2]["losses/pearson_divergence"]
+    assert after > logged["losses/pearson_divergence"]
+    y.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(run_losses(x, y)[1], y)
+    assert ((x.mean(0) - y.mean(0)) * -gradient.sum(0)).sum() > 0
+    assert run_losses(x, (y - 0.1 * gradient).detach())[1] < run_losses(x, y)[1]
+
+
+# --- networks --------------------------------------------------------------------------------------
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def widths(module):
+    return [
+        m.out_features if isinstance(m, nn.Linear) else m.out_channels
+        for m in module.modules()
+        if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))
+    ]
+
+
+def norms(module):
+    return sum(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) for m in module.modules())
+
+
+def test_ring_networks():
+    """methods.md 12.11."""
+    generator, critic = script.Generator((2,), 2, 100), script.Critic((2,), 10, 100, False)
+    assert (count(generator), count(critic)) == (10_602, 11_410)
+    assert (widths(generator), widths(critic)) == ([100, 100, 2], [100, 100, 10])
+    assert norms(generator) == norms(critic) == 0
+
+
+def test_mnist_networks_are_those_of_appendix_b4():
+    generator, critic = script.Generator((1, 28, 28), 100, 16), script.Critic((1, 28, 28), 100, 16, False)
+    assert widths(generator) == [600, 600, 800, 784]
+    assert widths(critic) == [16, 32, 32, 100]
+    assert critic.layers[-1].in_features == 288
+    assert norms(critic) == 3
+    bn = 2 * (16 + 32 + 32)
+    assert count(critic) == (9 * 16 + 16) + (9 * 16 * 32 + 32) + (9 * 32 * 32 + 32) + bn + 288 * 100 + 100
+
+
+def test_cifar_networks_are_tables_5_to_7():
+    generator, critic = script.Generator((3, 32, 32), 128, 32), script.Critic((3, 32, 32), 128, 32, False)
+    assert widths(generator) == [2048, 64, 32, 3]
+    assert widths(critic) == [32, 64, 128, 128]
+    assert critic.layers[-1].in_features == 2048
+    assert (norms(generator), norms(critic)) == (3, 2)
+    weak = script.Critic((3, 32, 32), 128, 32, True)
+    assert widths(weak) == [32, 32, 64, 128]
+    assert weak.layers[-1].in_features == 1024
+    expected = 128 * 2048 + 2048 + 16 * (128 * 64 + 64 * 32 + 32 * 3) + 64 + 32 + 3 + 2 * (128 + 64 + 32)
+    assert count(generator) == expected
+    expected = 16 * (3 * 32 + 32 * 64 + 64 * 128) + 32 + 64 + 128 + 2 * (64 + 128) + 2048 * 128 + 128
+    assert count(critic) == expected
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 28, 28), (3, 48, 48), (3, 64, 64), (2,), (3,)])
+@pytest.mark.parametrize("weak", [False, True])
+def test_networks_fit_each_shape(shape, weak):
+    fake = script.Generator(shape, 5, 8)(torch.randn(4, 5))
+    assert fake.shape == (4, *shape)
+    assert script.Critic(shape, 3, 8, weak)(fake).shape == (4, 3)
+
+
+def test_latent_law():
+    device = torch.device("cpu")
+    toy = script.draw_noise(4000, script.Args(dataset="ring2d", latent_dim=2), device)
+    image = script.draw_noise(4000, script.Args(dataset="digits", latent_dim=2), device)
+    assert toy.abs().max() > 2.5
+    assert toy.std().item() == pytest.approx(1, abs=0.05)
+    assert image.abs().max() <= 1
+    assert image.std().item() == pytest.approx(3**-0.5, abs=0.02)
+
+
+# --- training --------------------------------------------------------------------------------------
+
+
+def read_scalars(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def train(tmp_path, **kwargs):
+    script.train(script.Args(**{**FAST, "runs_dir": str(tmp_path), **kwargs}))
+    (folder,) = tmp_path.iterdir()
+    return folder, torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("dataset", ["digits", "ring3d"])
+@pytest.mark.parametrize("variant", [{}, {"positivity": "clip"}, {"as_coded": True}, {"precision": "bf16"}])
+def test_three_steps(tmp_path, dataset, variant):
+    folder, state = train(tmp_path, dataset=dataset, feature_dim=4, ema_decay=0.9, **variant)
+    scalars = read_scalars(folder)
+    wanted = {"losses/critic", "losses/generator", "losses/pearson_divergence", "losses/mmd2"}
+    assert wanted | {"kernel/k_xx", "kernel/k_xy", "kernel/k_yy"} <= set(scalars)
+    assert all(math.isfinite(v) for values in scalars.values() for v in values)
+    assert len(scalars["losses/critic"]) == 3
+    assert state["step"] == 3
+    assert (folder / "samples" / "0000003.png").exists()
+    for player in ("g_optimizer", "c_optimizer"):  # one step each per update, also when they alternate
+        assert {int(s["step"]) for s in state[player]["state"].values()} == {3}
+        assert len(state[player]["state"]) > 0
+
+
+def first_update(as_coded):
+    """Weights of both players after one update of ring2d, by hand from the script's own losses."""
+    args = script.Args(dataset="ring2d", bandwidths=(1.0,), latent_dim=2, as_coded=as_coded)
+    torch.manual_seed(1)
+    generator, critic = script.Generator((2,), 2, 8), script.Critic((2,), 3, 8, False)
+    players = [torch.optim.Adam(m.parameters(), 1e-3, (0.5, 0.999)) for m in (generator, critic)]
+    torch.manual_seed(run.mix(1, 0, 1, 0))
+    noise = script.draw_noise(8, args, torch.device("cpu"))
+    real = datasets.Toy("ring2d", (2,), 8, 1, 0, 1, torch.device("cpu")).batch(0)
+
+    def gradients(which, module):
+        loss = script.losses(critic(real), critic(generator(noise)), args)[which]
+        return torch.autograd.grad(loss, list(module.parameters()))
+
+    def step(optimizer, module, grads):
+        for p, g in zip(module.parameters(), grads):
+            p.grad = g
+        optimizer.step()
+
+    c_grads = gradients(0, critic)
+    if as_coded:
+        step(players[1], critic, c_grads)
+    g_grads = gradients(1, generator)
+    if not as_coded:
+        step(players[1], critic, c_grads)
+    step(players[0], generator, g_grads)
+    return generator.state_dict(), critic.state_dict()
+
+
+@pytest.mark.parametrize("as_coded", [False, True])
+def test_updates_are_simultaneous_or_as_coded_alternating(tmp_path, as_coded):
+    _, state = train(
+        tmp_path, dataset="ring2d", total_steps=1, feature_dim=3, latent_dim=2, as_coded=as_coded
+    )
+    expected = first_update(as_coded)
+    for name, weights in zip(("generator", "critic"), expected):
+        for key, value in weights.items():
+            torch.testing.assert_close(state[name][key], value, rtol=1e-6, atol=1e-8)
+
+
+def test_generator_sees_the_stepped_critic_only_as_coded(tmp_path):
+    """Adam's moments after one update hold the gradient itself: that through the old or the new critic."""
+    found = {}
+    for as_coded in (False, True):
+        torch.manual_seed(1)
+        generator, critic = script.Generator((2,), 2, 8), script.Critic((2,), 3, 8, False)
+        args = script.Args(dataset="ring2d", bandwidths=(1.0,), latent_dim=2, as_coded=as_coded)
+        folder = tmp_path / str(as_coded)
+        _, state = train(
+            folder, dataset="ring2d", total_steps=1, feature_dim=3, latent_dim=2, as_coded=as_coded,
+            critic_learning_rate=0.1,
+        )  # fmt: skip
+        torch.manual_seed(run.mix(1, 0, 1, 0))
+        noise = script.draw_noise(8, args, torch.device("cpu"))
+        real = datasets.Toy("ring2d", (2,), 8, 1, 0, 1, torch.device("cpu")).batch(0)
+        if as_coded:
+            critic.load_state_dict(state["critic"])
+        g_loss = script.losses(critic(real), critic(generator(noise)), args)[1]
+        grads = torch.autograd.grad(g_loss, list(generator.parameters()))
+        found[as_coded] = grads
+        for grad, moment in zip(grads, state["g_optimizer"]["state"].values()):
+            torch.testing.assert_close(moment["exp_avg"], 0.5 * grad, rtol=1e-5, atol=1e-9)
+    assert not torch.allclose(found[False][0], found[True][0])
+
+
+def test_real_and_fake_pass_the_critic_apart(tmp_path, monkeypatch):
+    """Deviation 4: its batch norm (at 16x16 there is one) sees one kind of samples at a time."""
+    batches, forward = [], script.Critic.forward
+    monkeypatch.setattr(
+        script.Critic, "forward", lambda self, x: (batches.append(len(x)), forward(self, x))[1]
+    )
+    train(tmp_path, dataset="digits", image_size=16, total_steps=2)
+    assert batches == [8] * 4
+
+
+def test_resume_is_bit_for_bit(tmp_path):
+    options = dict(dataset="digits", feature_dim=4)
+    _, whole = train(tmp_path / "whole", **options, total_steps=4)
+    folder, _ = train(tmp_path / "parts", **options, total_steps=2)
+    saved = json.loads((folder / "args.json").read_text())
+    saved |= {"resume": str(folder), "total_steps": 4}
+    script.train(script.Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}))
+    parts = torch.load(folder / "checkpoint.pt", weights_only=True)
+    for name in ("generator", "critic"):
+        for key, value in whole[name].items():
+            assert torch.equal(value, parts[name][key]), (name, key)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "dim", "title"),
+    [
+        ("ring2d", 2, "projected space"),
+        ("ring3d", 2, "projected space"),
+        ("ring2d", 5, "projected space: first two principal components of 5"),
+        ("ring2d", 1, "projected space"),
+    ],
+)
+def test_picture_has_both_spaces(tmp_path, monkeypatch, dataset, dim, title):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
+    d = datasets.TOYS[dataset]
+    data = datasets.Toy(dataset, (d,), 8, 1, 0, 1, torch.device("cpu"))
+    torch.manual_seed(0)
+    critic = script.Critic((d,), dim, 16, False)
+    fake = torch.randn(50, d)
+    script.draw_picture(tmp_path / "x.png", fake, data, critic)
+    left, right = figures[0].axes
+    assert (left.get_title(), right.get_title()) == ("data space", title)
+    assert len(left.collections) == len(right.collections) == 2
+    drawn = torch.cat([torch.from_numpy(c.get_offsets().data).float() for c in right.collections])
+    feat = critic(torch.cat([datasets.draw_toy(dataset, 50, 0), fake])).detach()
+    if dim == 2:
+        torch.testing.assert_close(drawn, feat)
+    elif dim == 5:  # the variances along the axes are the two largest eigenvalues of the covariance
+        largest = torch.linalg.eigvalsh(torch.cov(feat.T)).flip(0)[:2]
+        torch.testing.assert_close(drawn.var(0), largest, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"ridge": -1.0}, "--ridge"),
+        ({"bandwidths": (1.0, 0.0)}, "--bandwidths"),
+        ({"bandwidths": ()}, "--bandwidths"),
+        ({"feature_dim": 0}, "--feature-dim"),
+        ({"latent_dim": 0}, "--latent-dim"),
+        ({"positivity_weight": -1.0}, "--positivity-weight"),
+        ({"positivity": "clip", "as_coded": True}, "--positivity"),
+        ({"dataset": "ring2d", "weak_critic": True}, "--weak-critic"),
+    ],
+)
+def test_bad_arguments_are_refused_and_leave_no_folder(tmp_path, kwargs, message):
+    with pytest.raises(run.BadInput, match=message):
+        train(tmp_path, **kwargs)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,575 @@
+"""Scaled MMD GAN: scale, penalty, normalisation and schedule against closed forms and restatements."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import smmd_gan as S
+from common import kernels, run
+
+torch.set_default_dtype(torch.float32)
+W = torch.tensor([[1.0, 2, 2], [0, 3, 4]], dtype=torch.float64)
+
+
+def arguments(**given):
+    """Arguments of the method alone, as train would have resolved them."""
+    constraint = given.get("constraint", "scaled")
+    base = S.CONSTRAINTS[constraint] | {"bandwidths": (1.0,), "lambda_scale": 10.0}
+    return S.Args(**base | given)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# --- the scale -------------------------------------------------------------------------------------
+
+
+def test_scale_of_a_linear_critic():
+    x = randn(5, 3).requires_grad_()
+    norm2 = S.jacobian_norm2(x @ W.T, x, create_graph=False)
+    assert norm2.tolist() == [34.0] * 5
+    assert S.scale(x @ W.T, x, arguments(), create_graph=False).item() == pytest.approx(0.00293255, rel=1e-6)
+    x_signed = (2 * x.detach() - 1).requires_grad_()  # the same function of pixels in [-1, 1]
+    norm2 = S.jacobian_norm2((x_signed + 1) / 2 @ W.T, x_signed, create_graph=False)
+    assert norm2.tolist() == pytest.approx([8.5] * 5)
+    forty = S.scale((x_signed + 1) / 2 @ W.T, x_signed, arguments(lambda_scale=40.0), create_graph=False)
+    assert forty.item() == pytest.approx(0.00293255, rel=1e-6)
+
+
+def kernel_value(a, b, kernel, bandwidths):
+    d2 = (a - b).square().sum()
+    value = 0.0
+    for s in bandwidths if kernel != "linear" else ():
+        value = value + (torch.exp(-d2 / (2 * s * s)) if kernel == "rbf" else (1 + d2 / (2 * s)) ** (-s))
+    return value + (a @ b if kernel in ("linear", "rq-linear") else 0)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "bandwidths"),
+    [
+        ("rbf", (1.0,)),
+        ("rbf", (1.0, 2.0, 0.5)),
+        ("rq", (0.2, 1.0, 5.0)),
+        ("rq-linear", (0.1, 10.0)),
+        ("linear", (1.0,)),
+    ],
+)
+def test_poster_scale_is_the_kernel_and_its_second_derivatives(kernel, bandwidths):
+    """1 / (lambda + E [k(X, X) + sum_i d2 k(y, z) / dy_i dz_i]), by autograd on the kernel itself."""
+    network = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x = randn(3, 4).requires_grad_()
+    total = 0.0
+    for point in x.detach():
+        y, z = point.clone().requires_grad_(), point.clone().requires_grad_()
+        value = kernel_value(network(y), network(z), kernel, bandwidths)
+        (by_y,) = torch.autograd.grad(value, y, create_graph=True)
+        second = sum(torch.autograd.grad(by_y[i], z, retain_graph=True)[0][i] for i in range(4))
+        total += (value + second).item()
+    args = arguments(scale_form="poster", lambda_scale=1.0, kernel=kernel, bandwidths=bandwidths)
+    got = S.scale(network(x), x, args, create_graph=False)
+    assert got.item() == pytest.approx(1 / (1 + total / 3), rel=1e-9)
+
+
+def test_scale_of_the_other_constraints():
+    x = randn(5, 3).requires_grad_()
+    feat = x @ W[:1].T
+    assert S.scale(feat, x, arguments(constraint="none"), False) == 1
+    assert S.scale(feat, x, arguments(constraint="gradient-penalty"), False) == 1
+    energy = 9 + sum((row @ W[0]).item() ** 2 for row in x) / 5  # value_and_grad
+    got = S.scale(feat, x, arguments(constraint="swgan"), False)
+    assert got.item() == pytest.approx((1 + 10 * energy) ** -0.5)
+
+
+def literal_critic_loss(critic, real, fake, lam):
+    """-s2 MMD^2 for rbf of sigma 1, with loops, and the Jacobian by finite differences."""
+    n, h = len(real), 1e-5
+    k = lambda a, b: math.exp(-(critic(a) - critic(b)).square().sum().item() / 2)  # noqa: E731
+    within = sum(k(s[i], s[j]) for s in (real, fake) for i in range(n) for j in range(n) if i != j)
+    across = sum(k(a, b) for a in real for b in fake)
+    norm2 = 0.0
+    for x in real:
+        for i in range(len(x)):
+            e = torch.zeros_like(x)
+            e[i] = h
+            norm2 += ((critic(x + e) - critic(x - e)) / (2 * h)).square().sum().item()
+    return -(within / (n * (n - 1)) - 2 * across / n**2) / (1 + lam * norm2 / n)
+
+
+def test_double_backward_against_finite_differences():
+    """d L_C / d parameters, the scale differentiated too, of the loss restated without autograd."""
+    torch.manual_seed(0)
+    critic = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    real, fake = randn(3, 2).requires_grad_(), randn(3, 2, seed=1) + 1
+
+    def loss(create_graph):
+        feat, args = critic(real), arguments()
+        blocks = kernels.gram_blocks(feat, critic(fake), "rbf", (1.0,))
+        return S.critic_loss(S.squared_mmd(*blocks, args), S.scale(feat, real, args, create_graph))
+
+    value = loss(True)
+    with torch.no_grad():
+        assert value.item() == pytest.approx(literal_critic_loss(critic, real, fake, 10.0), rel=1e-8)
+    for parameter, grad in zip(critic.parameters(), torch.autograd.grad(value, list(critic.parameters()))):
+        for i in range(parameter.numel()):
+            with torch.no_grad():
+                entry, values = parameter.view(-1)[i], []
+                old = entry.item()
+                for h in (1e-4, -1e-4):
+                    entry.fill_(old + h)
+                    values.append(literal_critic_loss(critic, real, fake, 10.0))
+                entry.fill_(old)
+            expected = (values[0] - values[1]) / 2e-4
+            assert grad.flatten()[i].item() == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+def test_signs():
+    blocks = kernels.gram_blocks(randn(8, 2), randn(8, 2, seed=1) + 3, "rbf", (1.0,))
+    mmd2, s2 = S.squared_mmd(*blocks, arguments()), torch.tensor(0.5)
+    assert mmd2 > 0.5
+    assert S.critic_loss(mmd2, s2) == -S.generator_loss(mmd2, s2) == -0.5 * mmd2
+
+
+# --- DiracGAN: P = delta_0, Q = delta_theta, phi(x) = psi x ------------------------------------------
+
+
+def dirac(theta, psi, args):
+    """Critic and generator loss, by the script's own functions; theta and psi are float64 scalars."""
+    real = torch.zeros(2, 1, dtype=torch.float64).requires_grad_()
+    fake = theta.expand(2, 1)
+    blocks = kernels.gram_blocks(psi * real, psi * fake, "rbf", (1.0,))
+    mmd2 = S.squared_mmd(*blocks, args)
+    return [
+        loss(mmd2, S.scale(psi * real, real, args, graph))
+        for loss, graph in ((S.critic_loss, True), (S.generator_loss, False))
+    ]
+
+
+def best(theta, args):
+    """Maximise the scaled MMD over psi by golden-section search on log psi."""
+    theta = torch.tensor(theta, dtype=torch.float64)
+    value = lambda t: -dirac(theta, torch.tensor(math.exp(t), dtype=torch.float64), args)[0].item()  # noqa: E731
+    low, high, ratio = -4.0, 4.0, (5**0.5 - 1) / 2
+    for _ in range(45):
+        a, b = high - ratio * (high - low), low + ratio * (high - low)
+        low, high = (low, b) if value(a) > value(b) else (a, high)
+    return math.exp(low), math.sqrt(value(low))
+
+
+@pytest.mark.parametrize(
+    ("theta", "u", "smmd"),
+    [
+        (0.1, 6.289, 0.03113),
+        (0.5, 1.232, 0.14639),
+        (1.0, 0.6008, 0.27212),
+        (2.0, 0.2861, 0.47508),
+        (4.0, 0.1307, 0.74981),
+        (10.0, 0.0418, 1.11175),
+        (0.01, None, 0.00316),
+    ],
+)
+def test_optimised_dirac(theta, u, smmd):
+    psi, value = best(theta, arguments())
+    assert value == pytest.approx(smmd, abs=6e-6)
+    assert u is None or psi**2 == pytest.approx(u, rel=2e-3)
+
+
+def test_optimised_dirac_of_the_other_forms():
+    for theta, smmd in ((0.1, 0.09520), (0.5, 0.39695), (1.0, 0.65127), (2.0, 0.94226), (4.0, 1.18279)):
+        assert best(theta, arguments(lambda_scale=1.0))[1] == pytest.approx(smmd, abs=6e-6)
+        zero = arguments(lambda_scale=0.0, scale_form="poster")
+        assert best(theta, zero)[1] == pytest.approx(smmd, abs=6e-6)
+    poster = arguments(lambda_scale=1.0, scale_form="poster")
+    assert best(1.0, poster)[1] == pytest.approx(0.56378, abs=6e-6)
+    assert best(2.0, poster)[1] == pytest.approx(0.75936, abs=6e-6)
+    plain = arguments(constraint="none")
+    assert best(0.5, plain)[1] == pytest.approx(2**0.5, abs=1e-6)  # discontinuous: 0 at theta = 0
+
+
+def flow(theta, psi, args, step, steps, moves_theta=True):
+    """Integrate theta' = -dL_G/dtheta, psi' = -dL_C/dpsi (Runge-Kutta of order 4)."""
+
+    def velocity(state):
+        theta, psi = (value.detach().requires_grad_() for value in state)
+        c_loss, g_loss = dirac(theta, psi, args)
+        (by_psi,) = torch.autograd.grad(c_loss, psi, retain_graph=True)
+        (by_theta,) = torch.autograd.grad(g_loss, theta)
+        return torch.stack([-by_theta * moves_theta, -by_psi])
+
+    state = torch.tensor([theta, psi], dtype=torch.float64)
+    for _ in range(steps):
+        a = velocity(state)
+        b = velocity(state + step / 2 * a)
+        c = velocity(state + step / 2 * b)
+        state = state + step / 6 * (a + 2 * b + 2 * c + velocity(state + step * c))
+    return state.tolist()
+
+
+def test_simultaneous_flows_of_dirac():
+    theta, psi = flow(1.0, 0.5, arguments(), 1.5, 60)
+    assert abs(theta) < 1e-3
+    assert psi == pytest.approx(0.666, abs=1e-3)
+    theta, psi = flow(1.0, 0.5, arguments(lambda_scale=1.0), 0.5, 40)
+    assert abs(theta) < 1e-3
+    assert psi == pytest.approx(0.933, abs=1e-3)
+    theta, psi = flow(1.0, 0.5, arguments(constraint="none"), 0.05, 20)
+    assert theta**2 + psi**2 == pytest.approx(1.25, abs=1e-6)  # conserved on the way
+    theta, psi = flow(1.0, 0.5, arguments(constraint="none"), 0.2, 30)
+    assert abs(theta) < 1e-3
+    assert psi == pytest.approx(1.1180, abs=1e-4)
+
+
+def test_critic_at_fixed_theta_settles():
+    assert flow(1.0, 0.5, arguments(), 4.0, 20, moves_theta=False)[1] == pytest.approx(0.77512, abs=1e-4)
+
+
+# --- gradient and activation penalty, diagonal -------------------------------------------------------
+
+
+def linear_witness_penalty(shape, as_coded):
+    """The penalty of a linear critic with kernel linear, whose witness has a constant gradient g."""
+    n, d = 4, 3
+    weight = randn(d, math.prod(shape), seed=3)
+    real, fake, m = randn(n, *shape), randn(n, *shape, seed=1), randn(n, *shape, seed=2).requires_grad_()
+    feats = [x.flatten(1) @ weight.T for x in (m, real, fake)]
+    args = arguments(constraint="gradient-penalty", kernel="linear", as_coded=as_coded)
+    g = weight.T @ (feats[1].mean(0) - feats[2].mean(0))
+    return S.gradient_penalty(m, *feats, args).item(), g.detach().reshape(shape)
+
+
+def test_penalty_is_on_the_norm_of_the_whole_gradient():
+    got, g = linear_witness_penalty((3, 4, 5), False)
+    assert got == pytest.approx((math.sqrt(g.square().sum() + 1e-5) - 1) ** 2)
+
+
+def test_as_coded_penalty_is_on_the_norm_over_rows():
+    got, g = linear_witness_penalty((3, 4, 5), True)
+    parts = [
+        (math.sqrt(sum(g[c, row, w].item() ** 2 for row in range(4)) + 1e-5) - 1) ** 2
+        for c in range(3)
+        for w in range(5)
+    ]
+    assert got == pytest.approx(sum(parts) / 15)
+    points, whole = linear_witness_penalty((2,), True), linear_witness_penalty((2,), False)
+    assert points[0] == whole[0]  # flat vectors, for which the code was written
+
+
+@pytest.mark.parametrize(("shape", "target"), [((1, 28, 28), 5.3), ((3, 32, 32), 9.8)])
+def test_as_coded_penalty_asks_for_a_larger_gradient(shape, target):
+    """It is 0 where every column has norm 1: the whole gradient then has sqrt(W C)."""
+    g = torch.full(shape, shape[1] ** -0.5, dtype=torch.float64)
+    assert g.norm().item() == pytest.approx(target, abs=0.05)
+    m = torch.zeros(2, *shape, dtype=torch.float64).requires_grad_()
+    feats = [(x * g).sum((1, 2, 3))[:, None] for x in (m, torch.ones_like(m) * 0, torch.ones_like(m) * 0)]
+    feats[1] = feats[1] + 1  # difference of the means 1: the witness is <g, m>
+    args = arguments(constraint="gradient-penalty", kernel="linear", as_coded=True)
+    assert S.gradient_penalty(m, *feats, args).item() < 1e-9
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "rq", "rq-linear", "distance", "linear"])
+def test_penalty_against_finite_differences_of_the_witness(kernel):
+    torch.manual_seed(0)
+    critic = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    real, fake = randn(5, 2), randn(5, 2, seed=1) + 1
+    m = real.lerp(fake, 0.3).requires_grad_()
+    args = arguments(constraint="gradient-penalty", kernel=kernel, bandwidths=(0.5, 2.0))
+
+    def witness(x):
+        one = lambda a, b: (  # noqa: E731
+            -(a - b).norm() if kernel == "distance" else kernel_value(a, b, kernel, args.bandwidths)
+        )
+        return (
+            sum(one(critic(x), critic(a)) - one(critic(x), critic(b)) for a, b in zip(real, fake)).item() / 5
+        )
+
+    def penalty():
+        return S.gradient_penalty(m, critic(m), critic(real), critic(fake), args)
+
+    expected, h = 0.0, 1e-5
+    for x in m.detach():
+        slopes = [(witness(x + e) - witness(x - e)) / (2 * h) for e in h * torch.eye(2, dtype=torch.float64)]
+        expected += (math.sqrt(slopes[0] ** 2 + slopes[1] ** 2 + 1e-5) - 1) ** 2 / 5
+    assert penalty().item() == pytest.approx(expected, rel=1e-6)
+    weight = critic[0].weight  # and its gradient by the critic, through all three features
+    (grad,) = torch.autograd.grad(penalty(), weight)
+    with torch.no_grad():
+        weight[0, 0] += h
+    high = penalty().item()
+    with torch.no_grad():
+        weight[0, 0] -= 2 * h
+    assert grad[0, 0].item() == pytest.approx((high - penalty().item()) / (2 * h), rel=1e-4)
+
+
+def test_activation_penalty():
+    outputs = [[randn(4, 2, 3, 3, seed=i), randn(4, 5, seed=i + 1)] for i in (0, 7)]
+    expected = 0.0
+    for side in outputs:
+        for layer in side:
+            expected += sum(v**2 for v in layer.flatten().tolist()) / layer.numel()
+    assert S.activation_penalty(*outputs).item() == pytest.approx(expected)
+    critic = S.Critic((1, 8, 8), 16, 4)
+    assert [tuple(h.shape) for h in critic(torch.rand(2, 1, 8, 8))] == [
+        (2, 4, 8, 8), (2, 8, 4, 4), (2, 8, 4, 4), (2, 16)
+    ]  # fmt: skip
+
+
+def test_diagonal_of_rq_linear():
+    """D-BIN-2: taking off len(bandwidths) per entry leaves (E||x||^2 + E||y||^2) / (m - 1) = 0.508."""
+    exact, coded = (
+        arguments(kernel="rq-linear", as_coded=c, bandwidths=(0.1, 1.0, 10.0)) for c in (False, True)
+    )
+    values = []
+    for draw in range(200):
+        x, y = randn(64, 16, seed=draw), randn(64, 16, seed=1000 + draw)
+        blocks = kernels.gram_blocks(x, y, "rq-linear", exact.bandwidths)
+        values.append([S.squared_mmd(*blocks, exact), S.squared_mmd(*blocks, coded)])
+        k_xx, k_xy, k_yy = blocks
+        literal = (k_xx.sum() - 64 * 3 + k_yy.sum() - 64 * 3) / (64 * 63) - 2 * k_xy.mean()
+        assert values[-1][1].item() == pytest.approx(literal.item())
+    mean_exact, mean_coded = torch.tensor(values).mean(0).tolist()
+    assert mean_coded - mean_exact == pytest.approx(0.508, abs=0.005)
+    assert abs(mean_exact) < 0.05
+    blocks = kernels.gram_blocks(x, y, "rbf", (1.0,))  # where the constant is right, nothing changes
+    assert S.squared_mmd(*blocks, arguments(as_coded=True)) == S.squared_mmd(*blocks, arguments())
+
+
+# --- schedule and clipping ---------------------------------------------------------------------------
+
+
+def test_schedule():
+    args = arguments()
+    counts = [S.critic_steps(step, args) for step in range(1, 1503)]
+    expected = [10 if i < 20 or i % 500 == 0 else 5 for i in range(1502)]  # i = generator updates done
+    assert counts == expected
+    assert sum(counts) == 1502 * 5 + 5 * (20 + 3)
+    assert {S.critic_steps(step, arguments(warmup_critic=5)) for step in range(1, 1503)} == {5}
+
+
+def test_clipping_is_per_variable():
+    network = nn.Linear(3, 2)
+    network.weight.grad, network.bias.grad = torch.full((2, 3), 2.0), torch.tensor([0.3, 0.4])
+    S.clip_each(network, 0)
+    assert network.weight.grad.norm().item() == pytest.approx(24**0.5)
+    S.clip_each(network, 1.0)
+    assert network.weight.grad.norm().item() == pytest.approx(1, abs=1e-5)
+    assert network.bias.grad.tolist() == pytest.approx([0.3, 0.4])  # a global norm would have moved it
+
+
+# --- networks ----------------------------------------------------------------------------------------
+
+
+def made(shape, norm, sn_scale=False):
+    torch.manual_seed(0)
+    critic = S.Critic(shape, 1, 2 if shape[-1] == 64 else 8)
+    S.normalise(critic, norm, sn_scale)
+    return critic
+
+
+def matrices(critic):
+    critic.eval()
+    found = [layer.weight.detach().flatten(1) for layer in critic.weighted]
+    critic.train()
+    return found
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 8, 8), (3, 64, 64)])
+def test_norms_against_the_svd(shape):
+    plain = matrices(made(shape, "none"))
+    spectral, orthogonal = made(shape, "spectral"), made(shape, "orthogonal")
+    for _ in range(200):
+        [layer.weight for layer in spectral.weighted]  # a step of power iteration each
+    for before, after in zip(plain, matrices(spectral)):
+        assert torch.linalg.matrix_norm(after, 2).item() == pytest.approx(1, abs=2e-3)
+        torch.testing.assert_close(after / after.norm(), before / before.norm())  # a factor, nothing else
+    for matrix in matrices(orthogonal):
+        values = torch.linalg.svdvals(matrix)
+        torch.testing.assert_close(values, torch.ones_like(values), rtol=0, atol=1e-4)
+    x = torch.rand(3, *shape)
+    assert all(made(shape, norm)(x)[-1].shape == (3, 1) for norm in ("none", "spectral", "orthogonal"))
+
+
+def test_learned_scale_multiplies_the_normalised_weight():
+    critic, without = made((1, 8, 8), "spectral", True), made((1, 8, 8), "spectral")
+    factors = [p for name, p in critic.named_parameters() if name.endswith("factor")]
+    assert len(factors) == len(critic.weighted) == 4
+    assert not any(name.endswith("factor") for name, _ in without.named_parameters())
+    before = matrices(critic)
+    with torch.no_grad():
+        factors[1].fill_(3.0)
+    for i, (a, b) in enumerate(zip(matrices(critic), before)):
+        torch.testing.assert_close(a, b * (3.0 if i == 1 else 1.0))
+
+
+def test_condition_numbers():
+    for norm in ("none", "spectral", "orthogonal"):
+        critic = made((1, 8, 8), norm)
+        state = copy.deepcopy(critic.state_dict())
+        got = list(S.condition_numbers(critic).values())
+        weights = matrices(critic)
+        assert [m.shape for m in weights] == [(8, 9), (16, 128), (16, 144), (1, 256)]
+        for number, matrix in zip(got, weights, strict=True):
+            values = torch.linalg.svdvals(matrix)
+            assert number.item() == pytest.approx((values[0] / values[-1]).item(), rel=1e-4)
+            assert norm != "orthogonal" or number.item() == pytest.approx(1, abs=1e-4)
+        assert critic.training
+        assert all(torch.equal(state[name], value) for name, value in critic.state_dict().items())
+
+
+def count(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+def test_networks_are_those_of_methods_7_4():
+    def conv(i, o, k, bias=1):
+        return i * o * k * k + bias * o
+
+    def pair(side):
+        with torch.device("meta"):  # shapes alone
+            generator, critic = S.Generator((3, side, side), 128, 64), S.Critic((3, side, side), 1, 64)
+            return generator, critic, [tuple(h.shape[1:]) for h in critic(generator(torch.rand(2, 128)))]
+
+    generator, critic, shapes = pair(32)  # sngan
+    expected = 128 * 8192 + 8192 + conv(512, 256, 5) + conv(256, 128, 5) + conv(128, 64, 5) + conv(64, 3, 3)
+    assert count(generator) == expected + 2 * (512 + 256 + 128 + 64)
+    expected = conv(3, 64, 3) + conv(64, 128, 4) + conv(128, 128, 3) + conv(128, 256, 4) + conv(256, 256, 3)
+    assert count(critic) == expected + conv(256, 512, 4) + conv(512, 512, 3) + 512 * 16 + 1
+    assert [shape[0] for shape in shapes] == [64, 128, 128, 256, 256, 512, 512, 1]
+
+    generator, critic, shapes = pair(64)  # snresnet
+    block = lambda i, o, bias: conv(i, o, 3, bias) + conv(o, o, 3) + conv(i, o, 1)  # noqa: E731
+    pairs = [(64, 128), (128, 256), (256, 512), (512, 1024)]
+    expected = (
+        128 * 16384 + 16384 + sum(block(o, i, 0) + 2 * (i + o) for i, o in pairs) + 128 + conv(64, 3, 3)
+    )
+    assert count(generator) == expected
+    assert count(critic) == conv(3, 64, 3) + sum(block(i, o, 1) for i, o in pairs) + 1024 + 1
+    assert shapes[-3:] == [(1024, 4, 4), (1024, 1, 1), (1,)]
+
+    generator, critic, shapes = pair(160)  # g-resnet5 and dcgan5
+    assert critic.weighted[-1].in_features == 25_600
+    assert shapes[-2] == (1024, 5, 5)
+    expected = 128 * 25_600 + 25_600 + sum(block(o, i, 0) for i, o in pairs) + 128 + conv(64, 3, 5)
+    assert count(generator) == expected  # batch norm in the last layer only
+    assert count(critic) == conv(3, 64, 5) + sum(conv(i, o, 5) for i, o in pairs) + 25_600 + 1
+
+
+def test_initialisation_and_sum_over_space():
+    torch.manual_seed(0)
+    generator, critic = S.Generator((1, 8, 8), 128, 32), S.Critic((1, 8, 8), 1, 32)
+    weights = generator.layers[0].weight, critic.weighted[1].weight, critic.weighted[-1].weight
+    assert [w.std().item() for w in weights] == pytest.approx([0.01, 0.0176, 0.02], rel=0.05)
+    assert critic.weighted[1].weight.abs().max() <= 0.04
+    critic = S.Critic((1, 64, 64), 1, 2)
+    *_, before, total, _ = critic(torch.rand(2, 1, 64, 64))
+    torch.testing.assert_close(total[..., 0, 0], nn.functional.leaky_relu(before, 0.2).sum((2, 3)))
+    assert critic.weighted[1].weight.abs().max() <= (6 / (2 * 9 + 4 * 9)) ** 0.5  # Glorot's bound
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 8, 8), (1, 28, 28), (3, 64, 64), (1, 128, 128)])
+def test_second_derivatives_of_the_networks(shape):
+    """A directional derivative of the log of the scale by the critic's parameters, in float64."""
+    torch.manual_seed(0)
+    critic = S.Critic(shape, 2, 2)
+    for parameter in critic.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    critic.double()
+    real = torch.rand(2, *shape).double().requires_grad_()
+
+    def loss():
+        return S.scale(critic(real)[-1], real, arguments(), True).log()
+
+    direction = [torch.randn_like(p) for p in critic.parameters()]
+    grads = torch.autograd.grad(loss(), list(critic.parameters()), allow_unused=True)
+    expected = sum((g * d).sum() for g, d in zip(grads, direction) if g is not None).item()
+    values = []
+    for h in (1e-6, -2e-6):
+        with torch.no_grad():
+            for p, d in zip(critic.parameters(), direction):
+                p += h * d
+        values.append(loss().item())
+    assert expected == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-3)
+
+
+def test_batch_statistics_and_range():
+    assert S.DEFAULTS["images"]["sample_bn"] == "batch"
+    noise = S.draw_noise(4000, arguments(latent_dim=3), torch.device("cpu"))
+    assert noise.min() < -0.99
+    assert noise.max() > 0.99
+    assert noise.std().item() == pytest.approx(3**-0.5, abs=0.01)
+    images = S.Generator((1, 8, 8), 3, 4)(noise)
+    assert images.min() >= 0
+    assert images.max() <= 1
+
+
+# --- runs --------------------------------------------------------------------------------------------
+
+SMALL = ["--width", "4", "--batch-size", "8", "--log-every", "1", "--eval-samples", "16"]
+SMALL += ["--warmup-critic", "2", "--eval-every", "0"]
+
+
+def smoke(tmp_path, *options):
+    S.train(run.parse(S.Args, [*SMALL, "--total-steps", "2", "--runs-dir", str(tmp_path), *options]))
+    (folder,) = tmp_path.iterdir()
+    return json.loads((folder / "args.json").read_text()), torch.load(folder / "checkpoint.pt")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--critic-norm none --log-condition-numbers",
+        "--critic-norm spectral --log-condition-numbers",
+        "--critic-norm spectral --no-sn-scale",
+        "--critic-norm orthogonal --log-condition-numbers",
+        "--constraint none",
+        "--constraint none --critic-norm spectral --no-sn-scale",
+        "--constraint swgan",
+        "--constraint swgan --scale-form poster",
+        "--constraint gradient-penalty",
+        "--constraint gradient-penalty --as-coded --bandwidths 0.1 1 10",
+        "--constraint gradient-penalty --kernel distance --critic-norm spectral",
+        "--constraint gradient-penalty --precision bf16",
+        "--scale-form poster --kernel rq --feature-dim 3",
+        "--kernel linear",
+        "--kernel rq-linear --precision bf16",
+        "--clip-norm 0 --critic-norm orthogonal --precision bf16",
+    ],
+)
+@pytest.mark.parametrize("dataset", ["digits", "8gaussians"])
+def test_variants_train(options, dataset, tmp_path):
+    _, state = smoke(tmp_path, "--dataset", dataset, *options.split())
+    assert state["step"] == 2
+    steps = {int(s["step"]) for s in state["c_optimizer"]["state"].values()}
+    assert steps == {4}  # warm-up of 2, twice
+
+
+def test_defaults_by_constraint(tmp_path):
+    args, _ = smoke(tmp_path / "a")
+    assert (args["kernel"], args["feature_dim"], args["lambda_scale"]) == ("rbf", 1, 10.0)
+    args, _ = smoke(tmp_path / "b", "--constraint", "gradient-penalty")
+    assert (args["kernel"], args["feature_dim"], args["critic_norm"]) == ("rq-linear", 16, "none")
+    assert args["bandwidths"] == [0.2, 0.5, 1.0, 2.0, 5.0]
+    args, _ = smoke(tmp_path / "c", "--scale-form", "poster", "--dataset", "swissroll")
+    assert args["lambda_scale"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        ("--constraint swgan --kernel rbf", "--constraint"),
+        ("--constraint swgan --feature-dim 2", "--constraint"),
+        ("--scale-form poster --kernel distance", "--kernel"),
+        ("--n-critic 0", "--n-critic"),
+        ("--lambda-gp -1", "--lambda-gp"),
+        ("--clip-norm -1", "--clip-norm"),
+        ("--bandwidths 0", "--bandwidths"),
+        ("--eval-split all", "--eval-split"),
+    ],
+)
+def test_bad_input_is_refused_before_a_folder_is_made(options, flag, tmp_path):
+    with pytest.raises(run.BadInput, match=flag):
+        smoke(tmp_path, *options.split())
+    assert not list(tmp_path.iterdir())
