@@ -1,0 +1,553 @@
+"""Scaled MMD GAN (Arbel, Sutherland, Binkowski & Gretton, NeurIPS 2018; [P]: its poster), and what it is
+compared with: the gradient-penalised MMD GAN of Binkowski et al. (ICLR 2018; [B]), plain MMD GAN, SWGAN.
+
+The critic phi maps images to R^d; x, x' are real, y, y' are fake, k is a kernel on critic features, and
+
+    MMD^2 = E k(x, x') - 2 E k(x, y) + E k(y, y')
+
+is estimated without bias. Both players minimise:
+
+    scaled             L_G = s2 MMD^2        L_C = -s2 MMD^2
+    gradient-penalty   L_G = MMD^2           L_C = -MMD^2 + lambda_gp E (||grad w(m)|| - 1)^2
+                                                   + lambda_activation E (squared outputs of all layers)
+    none               L_G = MMD^2           L_C = -MMD^2
+    swgan              L_G = s (E phi(x) - E phi(y)),  L_C = -L_G
+
+s2 = s^2 shrinks as the critic gets steeper, which keeps the distance continuous and the critic finite:
+
+    released           s2 = 1 / (1 + lambda E ||grad phi(x)||_F^2),  lambda = 10;  swgan adds ||phi(x)||^2
+    poster             s2 = 1 / (lambda + E [k(x, x) + sum_i d2k / dy_i dz_i at y = z = x]),  lambda = 1
+
+(the gradients are those by the pixels of x). w(m) = E k(phi(m), phi(x)) - E k(phi(m), phi(y)) is the
+witness function, m lies between a real and a fake image. --critic-norm bounds the condition numbers of the
+critic's layers, which the continuity of the scaled MMD asks for; --log-condition-numbers shows them.
+
+Published (CIFAR-10): SMMD IS 7.0, FID 31.5; SN-SMMD 7.3, 25.0 (Wang et al. 2019); [B] 6.51, 39.9.
+
+Deviations from the papers [P], [B] and from the authors' code [C]:
+  1. The scale of [C], which all published numbers used, has lambda on the gradient alone, and the same form
+     for every kernel. [P]'s adds lambda to the rest: --scale-form poster.
+  2. The generator takes the scale as a constant: it depends on the critic and the real data alone.
+  3. The penalty is on the norm of the whole gradient: [B]. In [C] of [B] the norm is over the rows of each
+     column and channel, and Arbel's copy takes it over the channels of each pixel; --as-coded is the first.
+  4. rq-linear leaves out its true diagonal, len(bandwidths) + ||phi||^2. [C] subtracts the constant part
+     only, which rewards large features in the critic and small ones in the generator: --as-coded.
+  5. alpha of rq is [B]'s list. The default of [C] is --bandwidths 0.1 1 10.
+  6. At 128 pixels and above the residual blocks of the generator have no batch norm: [C] of the published
+     CelebA runs, where the flag does not reach them.
+  7. The vectors of the spectral norm start converged (15 steps, PyTorch); in [C] they start unnormalised.
+     They move once per update of either player, and real and fake see the same weights, as in [C].
+  8. 5x5 layers of stride 2 pad (2, 1) and not (1, 2): the same network on mirrored images.
+  9. The learning rate is constant, as in the runs of [B]; [C] of [P] lowers it by a test on the KID.
+ 10. Several processes share one statistic of the whole batch; in [C] each has its own, then averaged.
+ 11. Networks of one or two levels for images below 32 pixels, and MLPs for toys: ours.
+ 12. Trained on the test images too where a set has them: [C] of both papers.
+
+Usage:
+    python smmd_gan.py
+    python smmd_gan.py --dataset cifar10 --constraint scaled --critic-norm none
+    python smmd_gan.py --dataset cifar10 --constraint scaled --critic-norm spectral
+    python smmd_gan.py --dataset cifar10 --constraint none --critic-norm none
+    python smmd_gan.py --dataset cifar10 --constraint none --critic-norm spectral --no-sn-scale
+    python smmd_gan.py --dataset cifar10 --constraint gradient-penalty
+The second to the fifth are [P]'s models SMMD, SN-SMMD, MMD, SN-MMD; the last is [B].
+"""
+
+# --- imports ---------------------------------------------------------------------------------------
+
+import copy
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from common import datasets, evaluation, kernels, run
+
+# --- arguments -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Args:
+    """Where None is the default, the value is that of DEFAULTS for the data set."""
+
+    # --- run ---
+    dataset: str = "digits"  # a name in the README's table of data sets, or folder:PATH
+    data_dir: str = "data"  # folder that holds the data sets, and that they are downloaded to
+    image_size: int | None = None  # side in pixels to which images are resized
+    total_steps: int | None = None  # generator updates: the unit of everything that counts steps
+    batch_size: int | None = None  # real samples per update, over all processes
+    seed: int = 1  # seeds weights, order of the data, and noise
+    device: str = "auto"  # a torch device; auto is cuda where there is one, else cpu
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: networks under autocast, losses in float32
+    compile: bool = False  # torch.compile the networks where no double backward is needed
+    width: int | None = None  # base channel count of the networks; on toys, units of a hidden layer
+    ema_decay: float = 0.0  # sample from a moving average of the generator, with this decay; 0 is off
+    log_every: int = 100  # steps between points of the curves; 0 is never; the last step always logs
+    sample_every: int = 500  # steps between pictures; 0 is never; the last step always draws one
+    eval_every: int | None = None  # steps between evaluations, the last step included; 0 is never
+    save_every: int = 1000  # steps between checkpoints; 0 is never; the last step always saves
+    eval_samples: int = 50_000  # images per evaluation, at most those of the reference; toys take 2000
+    eval_features: Literal["pixels", "inception"] | None = None  # inception gives FID and KID
+    eval_split: Literal["train", "test", "all"] | None = None  # the reference images
+    inception_weights: str | None = None  # file of torch-fidelity's weights (None: torch.hub's copy)
+    sample_bn: Literal["running", "batch"] | None = None  # batch norm's statistics when sampling
+    runs_dir: str = "runs"  # folder of run folders
+    resume: str | None = None  # run folder to go on from, with its arguments
+    eval_only: bool = False  # with --resume: evaluate, draw a picture, write samples.npz, stop
+    track: bool = False  # mirror the curves to Weights & Biases
+
+    # --- method ---
+    constraint: Literal["scaled", "gradient-penalty", "none", "swgan"] = "scaled"  # on the critic
+    scale_form: Literal["released", "poster"] = "released"  # of scaled and swgan, see above
+    lambda_scale: float | None = None  # lambda of the scale, for pixels in [0, 1] (10; 1 in poster form)
+    lambda_gp: float = 1.0  # weight of the gradient penalty
+    lambda_activation: float = 1.0  # weight of the activation penalty, with gradient-penalty
+    as_coded: bool = False  # [C]'s penalty on the norm over rows, and its diagonal of rq-linear
+    kernel: Literal["rbf", "rq", "rq-linear", "distance", "linear"] | None = None  # None: by constraint
+    bandwidths: tuple[float, ...] | None = None  # sigma of rbf (None: 1), alpha of rq (.2 .5 1 2 5); summed
+    feature_dim: int | None = None  # dimension d of the critic's output (None: by constraint)
+    critic_norm: Literal["none", "spectral", "orthogonal"] | None = None  # of every layer's (c_out, rest)
+    sn_scale: bool = True  # spectral: a learned factor on each normalised weight; off: norm 1
+    log_condition_numbers: bool = False  # of each critic layer's (c_out, rest) matrix, with the curves
+    n_critic: int = 5  # critic updates per generator update
+    warmup_critic: int = 10  # the same, at the first 20 generator updates and at every 500th
+    latent_dim: int | None = None  # dimension of the generator's input z ~ U(-1, 1)
+    learning_rate: float | None = None  # of the generator
+    critic_learning_rate: float | None = None  # of the critic (None: the generator's)
+    beta1: float = 0.5  # Adam's first moment, both players
+    beta2: float = 0.9  # Adam's second moment, both players
+    clip_norm: float = 1.0  # largest norm of the gradient of each variable, both players; 0 is off
+
+
+# [C] of [P]; with gradient-penalty too: its networks and schedule, so that only the constraint differs.
+DEFAULTS = {
+    "images": dict(
+        image_size=64, total_steps=150_000, batch_size=64, width=64, latent_dim=128, learning_rate=2e-4,
+        eval_every=10_000, eval_features="inception", eval_split="train", sample_bn="batch"),
+    "cifar10": dict(image_size=32, learning_rate=1e-4, eval_split="all"),
+    "mnist": dict(
+        image_size=28, total_steps=50_000, learning_rate=1e-4, eval_features="pixels", eval_split="all"),
+    "digits": dict(  # ours
+        image_size=8, total_steps=1000, width=16, learning_rate=1e-3, eval_every=250, eval_features="pixels"),
+    "toys": dict(  # ours
+        total_steps=5000, batch_size=256, width=128, latent_dim=2, learning_rate=5e-4,
+        eval_every=500, lambda_scale=0.1, critic_norm="none"),
+}  # fmt: skip
+CONSTRAINTS = {  # [C] of [P], and of [B] for the penalty
+    "scaled": dict(kernel="rbf", feature_dim=1, critic_norm="spectral"),
+    "gradient-penalty": dict(kernel="rq-linear", feature_dim=16, critic_norm="none"),
+    "none": dict(kernel="rbf", feature_dim=1, critic_norm="none"),
+    "swgan": dict(kernel="linear", feature_dim=1, critic_norm="spectral"),
+}
+LEAST = {"lambda_scale": 0, "lambda_gp": 0, "lambda_activation": 0, "clip_norm": 0, "warmup_critic": 1}
+VALUE_RANGE = (0.0, 1.0)
+LOSSES = ("critic", "generator")
+SCRIPT = Path(__file__).stem
+
+# --- networks --------------------------------------------------------------------------------------
+
+
+def levels(side: int) -> int:
+    """Return how often an image is halved: 1 for 8x8, 3 for 32x32, 4 for 64x64, 5 for 160x160 (to 5x5)."""
+    n = side.bit_length() - 3
+    run.require(n >= 1 and side % 2**n == 0, "--image-size", side, "4, 5, 6 or 7 times 2, 4, 8, ...")
+    return n
+
+
+def initialise(m: nn.Module) -> None:
+    """Draw a layer's weights as [C]; called for the parts of a block first, so that the block overrules."""
+    if isinstance(m, nn.Conv2d):
+        nn.init.trunc_normal_(m.weight, std=0.02, a=-0.04, b=0.04)
+    elif isinstance(m, (nn.ConvTranspose2d, nn.Linear)):
+        nn.init.normal_(m.weight, std=0.01 if isinstance(m, nn.Linear) else 0.02)
+    for conv in (m.conv1, m.conv2, m.shortcut) if isinstance(m, ResBlock) else ():
+        nn.init.xavier_uniform_(conv.weight)
+    if getattr(m, "bias", None) is not None:
+        nn.init.zeros_(m.bias)
+
+
+class ResBlock(nn.Module):
+    """(B, c_in, h, w) -> (B, c_out, 2h, 2w), or (B, c_out, h/2, w/2) by mean pooling."""
+
+    def __init__(self, c_in: int, c_out: int, up: bool, batch_norm: bool) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = (nn.BatchNorm2d(c) if batch_norm else nn.Identity() for c in (c_in, c_out))
+        self.up, self.down = nn.Upsample(scale_factor=1 + up), nn.AvgPool2d(2 - up)  # one does nothing
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, 1, 1, bias=not up)
+        self.conv2, self.shortcut = nn.Conv2d(c_out, c_out, 3, 1, 1), nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv2(F.relu(self.norm2(self.conv1(self.up(F.relu(self.norm1(x)))))))
+        return self.down(h) + self.shortcut(self.down(self.up(x)))
+
+
+class Generator(nn.Module):
+    """z (B, latent_dim) -> samples (B, *shape) in [0, 1]: SNDCGAN's below 64 pixels, ResNet-10 from there."""
+
+    def __init__(self, shape: tuple[int, ...], latent_dim: int, width: int) -> None:
+        super().__init__()
+        if len(shape) == 1:
+            sizes = [latent_dim, width, width, width]
+            hidden = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.ReLU())]
+            self.layers = nn.Sequential(*hidden, nn.Linear(width, *shape))
+            return
+        n, side = levels(shape[1]), shape[1]
+        blocks = n if side < 128 else n - 1  # from 128 pixels the last layer doubles the image too
+        start = (width * 2**blocks, side >> n, side >> n)
+        layers = [nn.Linear(latent_dim, start[0] * start[1] * start[2]), nn.Unflatten(1, start)]
+        for c in (width * 2**i for i in reversed(range(blocks))):  # Deviation 6, Deviation 8
+            deconv = [nn.BatchNorm2d(2 * c), nn.ReLU(), nn.ConvTranspose2d(2 * c, c, 5, 2, 2, 1)]
+            layers += deconv if side < 64 else [ResBlock(2 * c, c, True, batch_norm=side < 128)]
+        layers += [nn.BatchNorm2d(width), nn.ReLU()]
+        last = (nn.Conv2d, 3, 1, 1) if side < 128 else (nn.ConvTranspose2d, 5, 2, 2, 1)
+        self.layers = nn.Sequential(*layers, last[0](width, shape[0], *last[1:]), nn.Sigmoid())
+        self.apply(initialise)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layers(z)
+
+
+class Scale(nn.Module):
+    """Parametrisation W -> factor * W, the factor learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(()))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.factor * weight
+
+
+class Critic(nn.Module):
+    """Samples (B, *shape) -> outputs of all layers, the last the features (B, feature_dim); no batch norm."""
+
+    def __init__(self, shape: tuple[int, ...], feature_dim: int, width: int) -> None:
+        super().__init__()
+        if len(shape) == 1:
+            sizes = [*shape, width, width, width]
+            layers = [nn.Sequential(nn.Linear(i, o), nn.LeakyReLU(0.2)) for i, o in zip(sizes, sizes[1:])]
+        else:  # SNDCGAN's below 64 pixels, ResNet-10 to 127, DCGAN of 5 layers from 128
+            n, side = levels(shape[1]), shape[1]
+            widths = [width * 2**i for i in range(n if side < 128 else n - 1)]
+            kernel = (3, 1, 1) if side < 128 else (5, 2, 2)
+            convs = [nn.Conv2d(shape[0], width, *kernel)]
+            for c in widths if side < 64 else ():
+                convs += [nn.Conv2d(c, 2 * c, 4, 2, 1), nn.Conv2d(2 * c, 2 * c, 3, 1, 1)]
+            convs += [nn.Conv2d(c, 2 * c, *kernel) for c in widths] if side >= 128 else []
+            layers = [nn.Sequential(conv, nn.LeakyReLU(0.2)) for conv in convs]
+            if 64 <= side < 128:  # and the sum over space
+                layers += [ResBlock(c, 2 * c, False, batch_norm=False) for c in widths]
+                layers += [nn.Sequential(nn.LeakyReLU(0.2), nn.AvgPool2d(side >> n, divisor_override=1))]
+        last = nn.Linear(nn.Sequential(*layers)(torch.zeros(1, *shape)).numel(), feature_dim)
+        self.layers = nn.Sequential(*layers, nn.Sequential(nn.Flatten(), last))
+        self.weighted = [m for m in self.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        if len(shape) == 3:  # on toys, PyTorch's own initial weights
+            self.apply(initialise)
+            nn.init.normal_(last.weight, std=0.02 if side < 64 else 0.01)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [x := layer(x) for layer in self.layers]
+
+
+def normalise(critic: Critic, norm: str, sn_scale: bool) -> None:
+    """Give the weights, as matrices (c_out, rest), spectral norm 1, or orthonormal rows or columns."""
+    for layer in critic.weighted if norm != "none" else ():
+        if norm == "orthogonal":  # PyTorch's is that of the last two dimensions: there must be two
+            unflatten = nn.Unflatten(1, layer.weight.shape[1:])
+            layer.weight = nn.Parameter(layer.weight.detach().flatten(1))
+            nn.utils.parametrizations.orthogonal(layer)
+            nn.utils.parametrize.register_parametrization(layer, "weight", unflatten, unsafe=True)
+        else:
+            nn.utils.parametrizations.spectral_norm(layer)  # Deviation 7
+            if sn_scale:
+                nn.utils.parametrize.register_parametrization(layer, "weight", Scale())
+
+
+def condition_numbers(critic: Critic) -> dict[str, Tensor]:
+    """Return largest / smallest singular value of each layer's weight (c_out, rest), by name of curve."""
+    critic.eval()  # reading a weight in training mode would move the vectors of its spectral norm
+    matrices = [layer.weight.detach().flatten(1).float() for layer in critic.weighted]
+    critic.train()
+    return {f"condition/layer_{i}": torch.linalg.cond(matrix) for i, matrix in enumerate(matrices, 1)}
+
+
+# --- losses ----------------------------------------------------------------------------------------
+
+
+def jacobian_norm2(feat: Tensor, inputs: Tensor, create_graph: bool) -> Tensor:
+    """Return ||grad phi||_F^2 (n,), exact, for feat (n, d) = phi(inputs): one backward pass per output."""
+    grads = [torch.autograd.grad(out, inputs, None, True, create_graph)[0] for out in feat.sum(0)]
+    return sum(kernels.at_least_float32(grad).flatten(1).square().sum(1) for grad in grads)
+
+
+def scale(feat: Tensor, real: Tensor, args: Args, create_graph: bool) -> Tensor | float:
+    """Return what multiplies the distance: s2, s for swgan, 1 with no scale; for feat (n, d) = phi(real).
+
+    For k(a, b) = kappa(||a - b||^2), sum_i d2k is -2 kappa'(0) ||grad phi||_F^2 with 1 / sigma^2 (rbf) or
+    1 (rq) for -2 kappa'(0), and k(x, x) = 1. For <a, b> it is ||grad phi||_F^2, and k(x, x) = ||phi||^2.
+    """
+    if args.constraint not in ("scaled", "swgan"):
+        return 1.0
+    norm2 = kernels.gather(jacobian_norm2(feat, real, create_graph)).mean()
+    feat2 = kernels.gather(feat).square().sum(1).mean()
+    if args.scale_form == "released":  # Deviation 1
+        s2 = 1 / (1 + args.lambda_scale * (norm2 + (feat2 if args.constraint == "swgan" else 0)))
+    else:
+        linear = args.kernel in ("linear", "rq-linear")  # has the term <a, b>
+        ones = len(args.bandwidths) * (args.kernel != "linear")  # kappa(0), summed
+        slope = sum(s**-2 for s in args.bandwidths) if args.kernel == "rbf" else ones  # -2 kappa'(0), summed
+        s2 = 1 / (args.lambda_scale + ones + linear * feat2 + (slope + linear) * norm2)
+    return s2.sqrt() if args.constraint == "swgan" else s2
+
+
+def squared_mmd(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor, args: Args) -> Tensor:
+    """Return the unbiased estimate of MMD^2, which may be negative, for Gram matrices (n, n)."""
+    mmd2 = kernels.mmd2(k_xx, k_xy, k_yy, "unbiased")
+    if args.as_coded and args.kernel == "rq-linear":  # Deviation 4
+        left = (k_xx.trace() + k_yy.trace()) / len(k_xx) - 2 * len(args.bandwidths)
+        mmd2 = mmd2 + left / (len(k_xx) - 1)
+    return mmd2
+
+
+def critic_loss(distance: Tensor, scale: Tensor | float) -> Tensor:
+    """Return L_C without penalties, minimised: minus the scaled distance, the scale differentiated too."""
+    return -scale * distance
+
+
+def generator_loss(distance: Tensor, scale: Tensor | float) -> Tensor:
+    """Return L_G, minimised: the scaled distance, the scale a constant."""
+    return scale * distance
+
+
+def gradient_penalty(m: Tensor, m_feat: Tensor, real_feat: Tensor, fake_feat: Tensor, args: Args) -> Tensor:
+    """Return E (||grad w(m)|| - 1)^2 for m (n, *shape) and features (n, d); all three get gradients."""
+    k_mx = kernels.gram_blocks(m_feat, real_feat, args.kernel, args.bandwidths)[1]
+    k_my = kernels.gram_blocks(m_feat, fake_feat, args.kernel, args.bandwidths)[1]
+    witness = k_mx.mean(1) - k_my.mean(1)  # w(m) = mean_i k(phi(m), phi(x_i)) - mean_j k(phi(m), phi(y_j))
+    (grad,) = torch.autograd.grad(witness.sum(), m, create_graph=True)
+    norm2 = grad.square().sum(2) if args.as_coded and m.ndim == 4 else grad.flatten(1).square().sum(1)
+    return ((norm2 + 1e-5).sqrt() - 1).square().mean()  # Deviation 3
+
+
+def activation_penalty(real_outputs: list[Tensor], fake_outputs: list[Tensor]) -> Tensor:
+    """Return the mean square of each layer's output (n, ...), summed over layers, and over real and fake."""
+    return sum(kernels.at_least_float32(h).square().mean() for h in (*real_outputs, *fake_outputs))
+
+
+def critic_steps(step: int, args: Args) -> int:
+    """Return the number of critic updates before generator update step = 1, 2, ..."""
+    return args.warmup_critic if step <= 20 or step % 500 == 1 else args.n_critic
+
+
+def clip_each(module: nn.Module, clip_norm: float) -> None:
+    """Scale down the gradient of each variable by itself to norm clip_norm at most; 0 does nothing."""
+    for p in module.parameters() if clip_norm else ():
+        nn.utils.clip_grad_norm_(p, clip_norm)
+
+
+# --- sampling --------------------------------------------------------------------------------------
+
+
+def draw_noise(n: int, args: Args, device: torch.device) -> Tensor:
+    """Return z (n, latent_dim) ~ U(-1, 1)."""
+    return torch.rand(n, args.latent_dim, device=device) * 2 - 1
+
+
+def draw_picture(path: Path, fake: Tensor, data: datasets.Batches) -> None:
+    """Write a grid of generated images, or a scatter plot of real and generated points, as PNG."""
+    if fake.ndim == 4:
+        images = datasets.to_uint8(fake[:64], VALUE_RANGE).float() / 255
+        images = F.interpolate(images, scale_factor=max(1, 64 // images.shape[-1]))  # small ones enlarged
+        torchvision.utils.save_image(images, path)
+        return
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(6, 6)).add_subplot(projection="3d" if fake.shape[1] == 3 else None)
+    for points, name in ((datasets.draw_toy(data.name, len(fake), 0), "real"), (fake, "generated")):
+        axes.scatter(*points.cpu().T, s=3, alpha=0.6, label=name)
+    axes.legend(loc="upper right")
+    axes.figure.savefig(path)
+
+
+# --- training --------------------------------------------------------------------------------------
+
+
+def train(args: Args) -> dict[str, float]:
+    """Train, evaluate and save; return the final metrics."""
+    # Set-up: nothing is written before all that can be wrong with the input has been found.
+    defaults = DEFAULTS["images"], DEFAULTS.get(datasets.kind(args.dataset), {})
+    poster = {"lambda_scale": 1.0} if args.scale_form == "poster" else {}
+    args = run.resolve(args, {"lambda_scale": 10.0}, CONSTRAINTS[args.constraint], *defaults, poster)
+    bandwidths = (0.2, 0.5, 1.0, 2.0, 5.0) if args.kernel in ("rq", "rq-linear") else (1.0,)  # Deviation 5
+    args = run.resolve(args, {"bandwidths": bandwidths, "critic_learning_rate": args.learning_rate})
+    swgan, penalised = args.constraint == "swgan", args.constraint == "gradient-penalty"
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        run.require(value >= least, f"--{name.replace('_', '-')}", value, f"at least {least}")
+    ok = not swgan or (args.kernel, args.feature_dim) == ("linear", 1)
+    run.require(ok, "--constraint", "swgan", "without --kernel and --feature-dim, which are linear and 1")
+    run.require(not poster or args.kernel != "distance", "--kernel", "distance", "smooth in poster form")
+    split = (defaults[0] | defaults[1])["eval_split"]  # all where there are test images: Deviation 12
+    run.require(args.eval_split in (split, "test"), "--eval-split", args.eval_split, f"{split} or test")
+    device, rank, world_size = run.start(args.device)
+    data = datasets.load(args, split, VALUE_RANGE, device, rank, world_size)
+    evaluator = evaluation.Evaluator(args, data) if args.eval_every or args.eval_only else None
+
+    # Models; the seed makes every process start from the same weights.
+    torch.manual_seed(args.seed)
+    generator = Generator(data.shape, args.latent_dim, args.width).to(device)
+    critic = Critic(data.shape, args.feature_dim, args.width).to(device)
+    normalise(critic, args.critic_norm, args.sn_scale)
+    g_optimizer = torch.optim.Adam(generator.parameters(), args.learning_rate, (args.beta1, args.beta2))
+    c_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, (args.beta1, args.beta2))
+    models = {"generator": generator, "critic": critic}
+    models |= {"g_optimizer": g_optimizer, "c_optimizer": c_optimizer}
+    if args.ema_decay:
+        average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema_decay)
+        models["ema"] = torch.optim.swa_utils.AveragedModel(generator, multi_avg_fn=average)
+    step = run.load_checkpoint(args, SCRIPT, models)  # 0 without --resume
+    if args.compile:
+        generator.compile()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+    # Run folder
+    folder = run.make_folder(args, SCRIPT, rank)
+    writer = run.make_writer(folder, args, step, rank)
+    first_bad = torch.zeros(len(LOSSES), dtype=torch.int64, device=device)  # first step not finite
+    metrics = {}
+
+    def due(every: int) -> bool:
+        return step == args.total_steps or (every > 0 and step % every == 0)
+
+    def save() -> None:
+        run.check_finite(LOSSES, first_bad)
+        run.save_checkpoint(folder, args, SCRIPT, step, models, rank)
+
+    def sample(n: int, i: int) -> Tensor:
+        """Return chunk i of samples, (n, *shape), from a copy: sampling leaves no trace in training."""
+        torch.manual_seed(run.mix(args.seed, 1, i))
+        model = copy.deepcopy(models["ema"].module if args.ema_decay else generator)
+        with torch.no_grad():
+            return model.train(args.sample_bn == "batch")(draw_noise(n, args, device)).float()
+
+    def evaluate() -> None:
+        metrics.update(evaluator.metrics(sample))
+        for name, value in metrics.items():
+            writer.add_scalar(f"eval/{name}", value, step)
+        protocol = evaluator.protocol | {"batch_norm": args.sample_bn, "ema_decay": args.ema_decay}
+        results = {"step": step, "metrics": metrics, "protocol": protocol}
+        if rank == 0:
+            (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+    def picture() -> None:
+        if rank == 0:
+            path = folder / "samples" / f"{step:07d}.png"
+            draw_picture(path, sample(1000 if len(data.shape) == 1 else 64, 0), data)
+            pixels = np.asarray(Image.open(path).convert("RGB"))
+            writer.add_image("samples/generator", pixels, step, dataformats="HWC")
+
+    if args.eval_only:
+        evaluate()
+        picture()
+        chunks = [sample(min(256, evaluator.count - i), i) for i in range(0, evaluator.count, 256)]
+        np.savez(folder / "samples.npz", samples=torch.cat(chunks).cpu().numpy())
+        return metrics
+    if step == 0:
+        save()  # from here on there is always something to resume from
+    drawn = sum(critic_steps(i, args) + 1 for i in range(1, step + 1))  # batches
+    begin, begin_step = time.time(), step
+    progress = tqdm(total=args.total_steps, initial=step, disable=None if rank == 0 else True)
+
+    for step in range(step + 1, args.total_steps + 1):
+        torch.manual_seed(run.mix(args.seed, 0, step, rank))  # whatever is random depends on the step alone
+        # Critic: several updates, each with a batch of its own.
+        for _ in range(critic_steps(step, args)):
+            real = data.batch(drawn).requires_grad_()  # the scale differentiates by it
+            drawn += 1
+            noise = draw_noise(len(real), args, device)
+            with autocast, nn.utils.parametrize.cached():  # weights are normalised once for all forwards
+                with torch.no_grad():
+                    fake = generator(noise)
+                real_out, fake_out = critic(real), critic(fake)
+                real_feat, fake_feat = real_out[-1], fake_out[-1]
+                if penalised:
+                    mid = real.lerp(
+                        fake.float(), torch.rand(len(real), *[1] * len(data.shape), device=device)
+                    )
+                    mid_feat = critic(mid)[-1].float()
+            sigma = scale(real_feat.float(), real, args, create_graph=True)
+            real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
+            k_xx, k_xy, k_yy = kernels.gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
+            distance = real_feat.mean() - fake_feat.mean() if swgan else squared_mmd(k_xx, k_xy, k_yy, args)
+            c_loss = critic_loss(distance, sigma)
+            if penalised:
+                c_loss += args.lambda_gp * gradient_penalty(mid, mid_feat, real_feat, fake_feat, args)
+                c_loss += args.lambda_activation * activation_penalty(real_out, fake_out)
+            c_optimizer.zero_grad()
+            c_loss.backward(inputs=list(critic.parameters()))
+            kernels.average_gradients(critic)
+            clip_each(critic, args.clip_norm)
+            c_optimizer.step()
+
+        # Generator: one update, with a new batch.
+        real = data.batch(drawn).requires_grad_()
+        drawn += 1
+        noise = draw_noise(len(real), args, device)
+        with autocast, nn.utils.parametrize.cached():
+            fake = generator(noise)
+            real_feat, fake_feat = critic(real)[-1], critic(fake)[-1]
+        sigma = scale(real_feat.float(), real, args, create_graph=False)  # Deviation 2
+        real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
+        k_xx, k_xy, k_yy = kernels.gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
+        distance = real_feat.mean() - fake_feat.mean() if swgan else squared_mmd(k_xx, k_xy, k_yy, args)
+        g_loss = generator_loss(distance, sigma)
+        g_optimizer.zero_grad()
+        g_loss.backward(inputs=list(generator.parameters()))
+        kernels.average_gradients(generator)
+        clip_each(generator, args.clip_norm)
+        g_optimizer.step()
+
+        if args.ema_decay:
+            models["ema"].update_parameters(generator)
+        bad = ~torch.stack([c_loss.detach(), g_loss.detach()]).isfinite()
+        first_bad = torch.where(bad & (first_bad == 0), step, first_bad)
+        progress.update()
+
+        if due(args.log_every):
+            run.check_finite(LOSSES, first_bad)
+            scalars = {"losses/critic": c_loss, "losses/generator": g_loss}
+            scalars |= {"losses/distance": distance, "losses/scale": sigma}
+            scalars |= {"kernel/k_xx": k_xx.mean(), "kernel/k_xy": k_xy.mean(), "kernel/k_yy": k_yy.mean()}
+            scalars |= condition_numbers(critic) if args.log_condition_numbers else {}
+            scalars |= {"charts/steps_per_second": (step - begin_step) / (time.time() - begin)}
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, value, step)
+        if due(args.sample_every):
+            picture()
+        if args.eval_every and due(args.eval_every):
+            evaluate()
+        stopping = run.stop_asked(step)
+        if due(args.save_every) or stopping:
+            save()
+        if stopping:
+            writer.close()
+            run.leave(folder, step)
+
+    writer.close()
+    if rank == 0:
+        print(f"{folder}: samples/, checkpoint.pt, results.json; tensorboard --logdir {args.runs_dir}")
+    return metrics
+
+
+if __name__ == "__main__":
+    run.main(train, Args)
