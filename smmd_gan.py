@@ -459,8 +459,7 @@ def train(args: Args) -> dict[str, float]:
     if args.eval_only:
         evaluate()
         picture()
-        chunks = [sample(min(256, evaluator.count - i), i) for i in range(0, evaluator.count, 256)]
-        np.savez(folder / "samples.npz", samples=torch.cat(chunks).cpu().numpy())
+        np.savez(folder / "samples.npz", samples=torch.cat([*evaluator.samples(sample)]).cpu().numpy())
         return metrics
     if step == 0:
         save()  # from here on there is always something to resume from

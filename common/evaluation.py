@@ -74,12 +74,19 @@ class Evaluator:
                 found.append(self.extractor(rgb)[0].double().cpu())
         return torch.cat(found)
 
+    def samples(self, sample: Callable[[int, int], Tensor]) -> Iterable[Tensor]:
+        """Yield the samples that are evaluated, in chunks.
+
+        All are drawn CHUNK at a time, cut afterwards: batch statistics want a batch.
+        """
+        for i, start in enumerate(range(0, self.count, CHUNK)):
+            yield sample(CHUNK, i)[: self.count - start]
+
     def metrics(self, sample: Callable[[int, int], Tensor]) -> dict[str, float]:
         """Return the metrics of samples: sample(n, i) is chunk i, (n, ...), in the data's value range."""
         if self.data.name in datasets.TOYS:
-            return toy_metrics(self.data.name, sample(self.count, 0).float().cpu())
-        sizes = [min(CHUNK, self.count - start) for start in range(0, self.count, CHUNK)]
-        chunks = (sample(n, i) for i, n in enumerate(sizes))
+            return toy_metrics(self.data.name, torch.cat([*self.samples(sample)]).cpu())
+        chunks = self.samples(sample)
         fake = self.features(datasets.to_uint8(chunk, self.data.value_range) for chunk in chunks)
         values = (
             frechet_distance(self.reference, fake),

@@ -120,7 +120,7 @@ def test_default_kernels_and_critic_loss_of_one_step(tmp_path, monkeypatch, kern
 
     monkeypatch.setattr(kernels, "gram_blocks", spy_blocks)
     monkeypatch.setattr(script, "critic_loss", spy_loss)
-    train(tmp_path, kernel=kernel, total_steps=1, batch_size=8)
+    train(tmp_path, kernel=kernel, total_steps=1, batch_size=8, lambda_rank=16.0)
     x, y, (name, values) = seen["features"]
     mmd, hinge, _, lambda_rank, lambda_ae = seen["terms"]
     assert (name, values, lambda_rank, lambda_ae) == (kernel, bandwidths, 16, 8)
@@ -298,8 +298,9 @@ def state(tmp_path):
 
 
 VARIANTS = [
-    {}, dict(lambda_ae=0.0), dict(lambda_rank=0.0), dict(clip=0.0), dict(kernel="laplacian"),
-    dict(kernel="rq"), dict(bandwidths=(2.0, 4.0, 8.0, 16.0, 32.0)), dict(ema_decay=0.9),
+    {}, dict(lambda_ae=0.0), dict(lambda_rank=0.0), dict(lambda_rank=16.0), dict(clip=0.0),
+    dict(kernel="laplacian"), dict(kernel="rq"), dict(ema_decay=0.9),
+    dict(bandwidths=(2.0, 4.0, 8.0, 16.0, 32.0)),
 ]  # fmt: skip
 
 
@@ -410,3 +411,10 @@ def test_bad_arguments_are_refused_before_a_folder_is_made(tmp_path, kwargs, fla
     with pytest.raises(BadInput, match=flag):
         train(tmp_path, **kwargs)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("dataset", "weight"), [("digits", 16.0), ("8gaussians", 0.0)])
+def test_hinge_is_on_for_images_only(tmp_path, dataset, weight):
+    """Deviation 6: samples that no tanh bounds run away from it."""
+    train(tmp_path, dataset=dataset, total_steps=1)
+    assert state(tmp_path)["args"]["lambda_rank"] == weight

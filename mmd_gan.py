@@ -1,0 +1,444 @@
+"""MMD GAN: Towards Deeper Understanding of Moment Matching Network (Li et al., NeurIPS 2017; [L]).
+
+The critic is an encoder f, with a decoder d of its own; x is real, y = G(z) is fake. As the authors' code
+[C] has it, from which every published number comes, both players minimise:
+
+    generator         L_G = M + 16 H
+    critic, decoder   L_D = -(M + 16 H) + 8 R(x) + 8 R(y)
+
+    M    = sqrt( E k(f(x), f(x')) - 2 E k(f(x), f(y)) + E k(f(y), f(y')) )    biased estimate of MMD
+    H    = -(1/K) sum_j max(0, E f_j(y) - E f_j(x))       <= 0, the rank hinge (feasible set reduction)
+    R(x) = mean over all elements of (x - d(f(x)))^2                               the auto-encoder
+
+k is a sum of RBF kernels. f is kept Lipschitz by clipping its parameters to +-0.01 before each of its
+updates: 100 of them before each of the first 25 updates of G and before each 500th, else 5. Real and
+fake pass f separately, so batch normalisation takes from each its own mean and variance.
+--lambda-ae 0, --lambda-rank 0 and --clip 0 switch off one constraint each (Table 4 of the GRAM paper, [S]).
+
+The bandwidth report [B] compares --bandwidths 1 2 4 8 16 with 2 4 8 16 32 by their own M, which says
+little: clipped features are small, where M^2 is about sum_s 1/s^2 times ||E f(x) - E f(y)||^2, and that sum
+is 4 times smaller for the second set. eval/pixel_mmd (images) and eval/mmd (toys) use one kernel in data
+space, whatever the run's own: compare runs by these. [B] only plans --kernel laplacian.
+
+Published: CIFAR-10 IS 6.17 [L]; FID 38.39 and, with --architecture gram, 40.00; with --weak-critic too,
+210.85 (Tables 1 and 2 of [S]); IS 5.35, without auto-encoder 5.40, without hinge 3.26 (Table 4 of [S]).
+
+Deviations from the paper [L] and from the authors' code [C]:
+  1. M, not its square, and the hinge in both players: [C]. [L]'s game is on MMD^2, and a one-sided
+     constraint needs the hinge in the critic only.
+  2. The bursts of 100 critic updates: [C].
+  3. Batches come from an endless stream of epochs, none of them short. In [C] the last one of an epoch is
+     short, and the generator's update is skipped where an epoch ends during the critic's.
+  4. No gradient where M is 0, where [C] has NaN.
+  5. --kernel rq and laplacian: neither has them; rq takes its alphas from Binkowski et al. 2018.
+  6. Images of 8 to 127 pixels, MLPs for toys: ours, with larger steps and a wider clip. No hinge on toys:
+     the generator is rewarded for leaving the feasible set, and where no tanh bounds its samples they run
+     away (H = -3e5 after 600 steps, if it is on).
+  7. --architecture gram: a dense layer that is read as (c, 4, 4), and one that reads it flattened, are the
+     4x4 convolutions at the two ends of [C]'s networks; what is left is the width, and batch norm after
+     the critic's first layer too. Its initialisation, latent law and decoder are not in [S]: [C]'s.
+
+Usage:
+    python mmd_gan.py
+    python mmd_gan.py --dataset mnist --bandwidths 2 4 8 16 32
+    python mmd_gan.py --dataset cifar10 --architecture gram --weak-critic
+"""
+
+# --- imports ---------------------------------------------------------------------------------------
+
+import copy
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from common import datasets, evaluation, kernels, run
+
+# --- arguments -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Args:
+    """Where None is the default, the value is that of DEFAULTS for the data set."""
+
+    # --- run ---
+    dataset: str = "digits"  # a name in the README's table of data sets, or folder:PATH
+    data_dir: str = "data"  # folder that holds the data sets, and that they are downloaded to
+    image_size: int | None = None  # side in pixels to which images are resized
+    total_steps: int | None = None  # generator updates: the unit of everything that counts steps
+    batch_size: int | None = None  # real samples per update, over all processes
+    seed: int = 1  # seeds weights, order of the data, and noise
+    device: str = "auto"  # a torch device; auto is cuda where there is one, else cpu
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: networks under autocast, losses in float32
+    compile: bool = False  # torch.compile the networks where no double backward is needed
+    width: int | None = None  # base channel count of the networks; on toys, units of a hidden layer
+    ema_decay: float = 0.0  # sample from a moving average of the generator, with this decay; 0 is off
+    log_every: int = 100  # steps between points of the curves; 0 is never; the last step always logs
+    sample_every: int = 500  # steps between pictures; 0 is never; the last step always draws one
+    eval_every: int | None = None  # steps between evaluations, the last step included; 0 is never
+    save_every: int = 1000  # steps between checkpoints; 0 is never; the last step always saves
+    eval_samples: int = 50_000  # images per evaluation, at most those of the reference; toys take 2000
+    eval_features: Literal["pixels", "inception"] | None = None  # inception gives FID and KID
+    eval_split: Literal["train", "test", "all"] | None = None  # the reference images
+    inception_weights: str | None = None  # file of torch-fidelity's weights (None: torch.hub's copy)
+    sample_bn: Literal["running", "batch"] | None = None  # batch norm's statistics when sampling
+    runs_dir: str = "runs"  # folder of run folders
+    resume: str | None = None  # run folder to go on from, with its arguments
+    eval_only: bool = False  # with --resume: evaluate, draw a picture, write samples.npz, stop
+    track: bool = False  # mirror the curves to Weights & Biases
+
+    # --- method ---
+    kernel: Literal["rbf", "laplacian", "rq"] = "rbf"  # of the critic's features
+    bandwidths: tuple[float, ...] | None = None  # sigma (None: 1 2 4 8 16), alpha of rq (.2 .5 1 2 5); summed
+    lambda_ae: float = 8.0  # weight of the auto-encoder's loss in the critic's; 0 is off, with no decoder
+    lambda_rank: float | None = None  # weight of the rank hinge in both losses; 0 is off
+    clip: float | None = None  # bound on the critic's parameters before each of its updates; 0 is off
+    n_critic: int = 5  # critic updates per generator update
+    warmup_critic: int | None = None  # the same for the first 25 generator updates and each 500th
+    architecture: Literal["li", "gram"] = "li"  # networks of [C], or the DCGAN of [S], Tables 5 and 6
+    weak_critic: bool = False  # with --architecture gram: the smaller critic of [S], Table 7
+    feature_dim: int | None = None  # dimension K of the critic's output, the auto-encoder's code
+    latent_dim: int | None = None  # dimension of the generator's input z ~ N(0, I)
+    learning_rate: float | None = None  # of the generator, RMSprop
+    critic_learning_rate: float | None = None  # of critic and decoder, RMSprop
+
+
+# [C]'s settings; its 1000 epochs are total_steps. gram takes width 32.
+DEFAULTS = {
+    "images": dict(
+        image_size=64, total_steps=150_000, batch_size=64, width=64, feature_dim=128, latent_dim=128,
+        learning_rate=5e-5, critic_learning_rate=5e-5, lambda_rank=16.0, clip=0.01, warmup_critic=100,
+        eval_every=12_500, eval_features="inception", eval_split="train", sample_bn="batch",
+    ),
+    "cifar10": dict(image_size=32, total_steps=124_614),
+    "mnist": dict(
+        image_size=32, total_steps=149_640, feature_dim=10, latent_dim=10, eval_features="pixels",
+    ),  # fashion-mnist too
+    "digits": dict(
+        image_size=8, total_steps=1500, width=32, feature_dim=16, latent_dim=16, learning_rate=1e-3,
+        critic_learning_rate=1e-3, clip=0.1, warmup_critic=5, eval_every=500, eval_features="pixels",
+    ),  # ours
+    "toys": dict(
+        total_steps=3000, batch_size=128, width=128, feature_dim=16, latent_dim=2, learning_rate=5e-4,
+        critic_learning_rate=5e-4, lambda_rank=0.0, clip=0.1, warmup_critic=5, eval_every=500,
+    ),  # ours
+}  # fmt: skip
+VALUE_RANGE = (-1.0, 1.0)
+LEAST = {"lambda_ae": 0, "lambda_rank": 0, "clip": 0, "warmup_critic": 1}  # bounds of the above
+LOSSES = ("critic", "generator")
+SCRIPT = Path(__file__).stem
+
+# --- networks --------------------------------------------------------------------------------------
+
+
+def levels(side: int) -> int:
+    """Return how often an image is halved: 1 for 8x8, 3 for 32x32 (down to 4x4) and 48x48 (to 6x6)."""
+    n = side.bit_length() - 3
+    run.require(n >= 1 and side % 2**n == 0, "--image-size", side, "4, 5, 6 or 7 times 2, 4, 8, ...")
+    return n
+
+
+def mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
+    """Return three hidden layers and a linear one: every network on toys."""
+    sizes = [inputs, width, width, width]
+    hidden = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(width, outputs))
+
+
+def initialise(module: nn.Module) -> None:
+    """Draw weights of convolutions from N(0, 0.02^2) and scales of batch norm from N(1, 0.02^2), as [C]."""
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, mean=1.0, std=0.02)
+
+
+class Generator(nn.Module):
+    """z (B, latent_dim) -> samples (B, *shape) in [-1, 1]."""
+
+    def __init__(self, shape: tuple[int, ...], latent_dim: int, width: int) -> None:
+        super().__init__()
+        if len(shape) == 1:
+            self.layers = mlp(latent_dim, width, *shape)
+            return
+        n = levels(shape[1])
+        channels = [width * 2**i for i in reversed(range(n))]  # 256, 128, 64 for 32x32
+        deconvs = [nn.ConvTranspose2d(latent_dim, channels[0], shape[1] >> n, bias=False)]  # from 1x1
+        deconvs += [nn.ConvTranspose2d(2 * c, c, 4, 2, 1, bias=False) for c in channels[1:]]
+        layers = [m for d in deconvs for m in (d, nn.BatchNorm2d(d.out_channels), nn.ReLU())]
+        last = nn.ConvTranspose2d(width, shape[0], 4, 2, 1, bias=False)
+        self.layers = nn.Sequential(nn.Unflatten(1, (-1, 1, 1)), *layers, last, nn.Tanh()).apply(initialise)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layers(z)
+
+
+class Critic(nn.Module):
+    """The encoder: samples (B, *shape) -> features (B, feature_dim)."""
+
+    def __init__(self, shape: tuple[int, ...], feature_dim: int, width: int, gram: bool, weak: bool) -> None:
+        super().__init__()
+        if len(shape) == 1:
+            self.layers = mlp(*shape, width, feature_dim)
+            return
+        n = levels(shape[1])
+        channels = [shape[0], *(width * 2 ** max(0, i - weak) for i in range(n))]  # weak: 32, 32, 64
+        layers = []
+        for i, o in zip(channels, channels[1:]):
+            norm = nn.BatchNorm2d(o) if layers or gram else nn.Identity()
+            layers += [nn.Conv2d(i, o, 4, 2, 1, bias=False), norm, nn.LeakyReLU(0.2)]
+        last = nn.Conv2d(channels[-1], feature_dim, shape[1] >> n, bias=False)  # to 1x1
+        self.layers = nn.Sequential(*layers, last, nn.Flatten()).apply(initialise)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Decoder(Generator):
+    """Features (B, feature_dim) -> samples (B, *shape): the generator's topology, weights of its own."""
+
+
+# --- losses ----------------------------------------------------------------------------------------
+
+
+def rank_hinge(real_feat: Tensor, fake_feat: Tensor) -> Tensor:
+    """Return H = -(1/K) sum_j max(0, E f_j(y) - E f_j(x)), at most 0, of features (n, K) and (m, K).
+
+    It is 0 in the feasible set, where no feature is larger for fake samples than for real ones on average.
+    """
+    return -F.relu(fake_feat.mean(0) - real_feat.mean(0)).mean()
+
+
+def reconstruction(decoder: nn.Module, x: Tensor, feat: Tensor) -> Tensor:
+    """Return R(x) = mean of (x - d(f(x)))^2 over all elements; x (B, *shape), feat = f(x) (B, K)."""
+    return F.mse_loss(decoder(feat).float(), x.float())
+
+
+def critic_loss(mmd: Tensor, hinge: Tensor, ae_loss: Tensor, lambda_rank: float, lambda_ae: float) -> Tensor:
+    """Return L_D = -(M + lambda_rank H) + lambda_ae ae_loss, minimised; ae_loss = R(x) + R(y)."""
+    return -(mmd + lambda_rank * hinge) + lambda_ae * ae_loss
+
+
+def generator_loss(mmd: Tensor, hinge: Tensor, lambda_rank: float) -> Tensor:
+    """Return L_G = M + lambda_rank H, minimised; the hinge has the sign that it has in [C]."""
+    return mmd + lambda_rank * hinge  # Deviation 1
+
+
+@torch.no_grad()
+def clip_parameters(module: nn.Module, bound: float) -> None:
+    """Clamp all parameters, those of batch norm included, to [-bound, bound]; 0 does nothing."""
+    for parameter in module.parameters() if bound else ():
+        parameter.clamp_(-bound, bound)
+
+
+# --- sampling --------------------------------------------------------------------------------------
+
+
+def draw_noise(n: int, args: Args, device: torch.device) -> Tensor:
+    """Return z (n, latent_dim) ~ N(0, I)."""
+    return torch.randn(n, args.latent_dim, device=device)
+
+
+def draw_picture(path: Path, fake: Tensor, data: datasets.Batches) -> None:
+    """Write a grid of generated images, or a scatter plot of real and generated points, as PNG."""
+    if fake.ndim == 4:
+        images = datasets.to_uint8(fake[:64], VALUE_RANGE).float() / 255
+        images = F.interpolate(images, scale_factor=max(1, 64 // images.shape[-1]))  # small ones enlarged
+        torchvision.utils.save_image(images, path)
+        return
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(6, 6)).add_subplot(projection="3d" if fake.shape[1] == 3 else None)
+    for points, name in ((datasets.draw_toy(data.name, len(fake), 0), "real"), (fake, "generated")):
+        axes.scatter(*points.cpu().T, s=3, alpha=0.6, label=name)
+    axes.legend(loc="upper right")
+    axes.figure.savefig(path)
+
+
+# --- training --------------------------------------------------------------------------------------
+
+
+def critic_steps(step: int, args: Args) -> int:
+    """Return the number of critic updates before generator update step = 1, 2, ..."""
+    done = step - 1  # Deviation 2
+    return args.warmup_critic if done < 25 or done % 500 == 0 else args.n_critic
+
+
+def batches_before(step: int, args: Args) -> int:
+    """Return how many batches all updates before step draw: the sum of critic_steps + 1 over them."""
+    done = step - 1
+    bursts = min(done, 25) + max(0, done - 1) // 500  # Deviation 3
+    return done * (args.n_critic + 1) + bursts * (args.warmup_critic - args.n_critic)
+
+
+def train(args: Args) -> dict[str, float]:
+    """Train, evaluate and save; return the final metrics."""
+    # Set-up: nothing is written before all that can be wrong with the input has been found.
+    defaults = DEFAULTS["images"], DEFAULTS.get(datasets.kind(args.dataset), {})
+    toy, gram = args.dataset in datasets.TOYS, args.architecture == "gram"
+    method = {"width": 32} if gram else {}  # Deviation 7
+    bandwidths = {"rq": (0.2, 0.5, 1.0, 2.0, 5.0)}.get(args.kernel, (1.0, 2.0, 4.0, 8.0, 16.0))
+    args = run.resolve(args, *defaults, method, {"bandwidths": bandwidths})
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        run.require(value >= least, f"--{name.replace('_', '-')}", value, f"at least {least}")
+    run.require(not (gram and toy), "--architecture", args.architecture, "li for a data set of points")
+    run.require(gram or not args.weak_critic, "--weak-critic", "on", "given with --architecture gram")
+    device, rank, world_size = run.start(args.device)
+    data = datasets.load(args, "train", VALUE_RANGE, device, rank, world_size)
+    evaluator = evaluation.Evaluator(args, data) if args.eval_every or args.eval_only else None
+
+    # Models; the seed makes every process start from the same weights.
+    torch.manual_seed(args.seed)
+    generator = Generator(data.shape, args.latent_dim, args.width).to(device)
+    critic = Critic(data.shape, args.feature_dim, args.width, gram, args.weak_critic).to(device)
+    decoder = Decoder(data.shape, args.feature_dim, args.width) if args.lambda_ae else nn.Identity()
+    c_parameters = [*critic.parameters(), *decoder.to(device).parameters()]
+    g_optimizer = torch.optim.RMSprop(generator.parameters(), args.learning_rate)
+    c_optimizer = torch.optim.RMSprop(c_parameters, args.critic_learning_rate)
+    models = {"generator": generator, "critic": critic}
+    models |= {"g_optimizer": g_optimizer, "c_optimizer": c_optimizer}
+    models["decoder"] = decoder
+    if args.ema_decay:
+        average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema_decay)
+        models["ema"] = torch.optim.swa_utils.AveragedModel(generator, multi_avg_fn=average)
+    step = run.load_checkpoint(args, SCRIPT, models)  # 0 without --resume
+    if args.compile:
+        generator.compile()
+        critic.compile()
+        decoder.compile()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+    # Run folder
+    folder = run.make_folder(args, SCRIPT, rank)
+    writer = run.make_writer(folder, args, step, rank)
+    first_bad = torch.zeros(len(LOSSES), dtype=torch.int64, device=device)  # first step not finite
+    metrics = {}
+
+    def due(every: int) -> bool:
+        return step == args.total_steps or (every > 0 and step % every == 0)
+
+    def save() -> None:
+        run.check_finite(LOSSES, first_bad)
+        run.save_checkpoint(folder, args, SCRIPT, step, models, rank)
+
+    def sample(n: int, i: int) -> Tensor:
+        """Return chunk i of samples, (n, *shape), from a copy: sampling leaves no trace in training."""
+        torch.manual_seed(run.mix(args.seed, 1, i))
+        model = copy.deepcopy(models["ema"].module if args.ema_decay else generator)
+        with torch.no_grad():
+            return model.train(args.sample_bn == "batch")(draw_noise(n, args, device)).float()
+
+    def evaluate() -> None:
+        metrics.update(evaluator.metrics(sample))
+        for name, value in metrics.items():
+            writer.add_scalar(f"eval/{name}", value, step)
+        protocol = evaluator.protocol | {"batch_norm": args.sample_bn, "ema_decay": args.ema_decay}
+        results = {"step": step, "metrics": metrics, "protocol": protocol}
+        if rank == 0:
+            (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+    def picture() -> None:
+        if rank == 0:
+            path = folder / "samples" / f"{step:07d}.png"
+            draw_picture(path, sample(1000 if len(data.shape) == 1 else 64, 0), data)
+            pixels = np.asarray(Image.open(path).convert("RGB"))
+            writer.add_image("samples/generator", pixels, step, dataformats="HWC")
+
+    if args.eval_only:
+        evaluate()
+        picture()
+        np.savez(folder / "samples.npz", samples=torch.cat([*evaluator.samples(sample)]).cpu().numpy())
+        return metrics
+    if step == 0:
+        save()  # from here on there is always something to resume from
+    begin, begin_step = time.time(), step
+    progress = tqdm(total=args.total_steps, initial=step, disable=None if rank == 0 else True)
+
+    for step in range(step + 1, args.total_steps + 1):
+        torch.manual_seed(run.mix(args.seed, 0, step, rank))  # whatever is random depends on the step alone
+        drawn = batches_before(step, args)
+
+        # Critic: several updates, each with a batch of its own.
+        for _ in range(critic_steps(step, args)):
+            clip_parameters(critic, args.clip)
+            real = data.batch(drawn)
+            drawn += 1
+            noise = draw_noise(len(real), args, device)
+            with autocast:
+                with torch.no_grad():
+                    fake = generator(noise)
+                real_feat, fake_feat = critic(real), critic(fake)
+                pairs = ((real, real_feat), (fake, fake_feat)) if args.lambda_ae else ()
+                ae_loss = sum(reconstruction(decoder, x, feat) for x, feat in pairs)
+            real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
+            k_xx, k_xy, k_yy = kernels.gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
+            mmd = kernels.sqrt_mmd(k_xx, k_xy, k_yy)
+            hinge = rank_hinge(real_feat, fake_feat)
+            c_loss = critic_loss(mmd, hinge, ae_loss, args.lambda_rank, args.lambda_ae)
+            c_optimizer.zero_grad()
+            c_loss.backward()
+            kernels.average_gradients(critic, decoder)
+            c_optimizer.step()
+
+        # Generator: one update, with a new batch.
+        real = data.batch(drawn)
+        noise = draw_noise(len(real), args, device)
+        with autocast:
+            fake = generator(noise)
+            with torch.no_grad():
+                real_feat = critic(real)
+            fake_feat = critic(fake)
+        real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
+        k_xx, k_xy, k_yy = kernels.gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
+        mmd = kernels.sqrt_mmd(k_xx, k_xy, k_yy)
+        hinge = rank_hinge(real_feat, fake_feat)
+        g_loss = generator_loss(mmd, hinge, args.lambda_rank)
+        g_optimizer.zero_grad()
+        g_loss.backward(inputs=list(generator.parameters()))
+        kernels.average_gradients(generator)
+        g_optimizer.step()
+
+        if args.ema_decay:
+            models["ema"].update_parameters(generator)
+        bad = ~torch.stack([c_loss.detach(), g_loss.detach()]).isfinite()
+        first_bad = torch.where(bad & (first_bad == 0), step, first_bad)
+        progress.update()
+
+        if due(args.log_every):
+            run.check_finite(LOSSES, first_bad)
+            scalars = {"losses/critic": c_loss, "losses/generator": g_loss}
+            scalars |= {"losses/mmd": mmd, "losses/rank_hinge": hinge, "losses/autoencoder": ae_loss}
+            scalars |= {"kernel/k_xx": k_xx.mean(), "kernel/k_xy": k_xy.mean(), "kernel/k_yy": k_yy.mean()}
+            scalars |= {"charts/steps_per_second": (step - begin_step) / (time.time() - begin)}
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, value, step)
+        if due(args.sample_every):
+            picture()
+        if args.eval_every and due(args.eval_every):
+            evaluate()
+        stopping = run.stop_asked(step)
+        if due(args.save_every) or stopping:
+            save()
+        if stopping:
+            writer.close()
+            run.leave(folder, step)
+
+    writer.close()
+    if rank == 0:
+        print(f"{folder}: samples/, checkpoint.pt, results.json; tensorboard --logdir {args.runs_dir}")
+    return metrics
+
+
+if __name__ == "__main__":
+    run.main(train, Args)

@@ -1,0 +1,352 @@
+"""gamn.py against the paper: losses and their signs, regularisers, networks, Algorithm 1."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import gamn as script
+from common import kernels
+from common.run import BadInput
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def norm_layers(module):
+    return [m for m in module.modules() if isinstance(m, (nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d))]
+
+
+# --- losses ----------------------------------------------------------------------------------------
+
+
+def test_mapper_and_generator_losses():
+    """Eqs. (7) to (10) with the sign that works: the mapper drives M up and its regulariser down."""
+    mmd, reg, data_mmd = (torch.tensor(v, requires_grad=True) for v in (0.3, 2.0, 0.5))
+    c_loss = script.critic_loss(mmd, reg, 0.1)
+    g_loss = script.generator_loss(mmd, data_mmd, 0.25)
+    assert c_loss.item() == pytest.approx(-0.3 + 0.2)
+    assert g_loss.item() == pytest.approx(0.3 + 0.125)
+    assert [g.item() for g in torch.autograd.grad(c_loss, (mmd, reg))] == pytest.approx([-1, 0.1])
+    assert [g.item() for g in torch.autograd.grad(g_loss, (mmd, data_mmd))] == pytest.approx([1, 0.25])
+
+
+def literal_sqrt_mmd(x, y, sigmas):
+    """Eq. (4) as double loops, the fake samples in its third sum."""
+    k = lambda a, b: sum(math.exp(-((a - b) ** 2).sum().item() / 2 / s**2) for s in sigmas)  # noqa: E731
+    mean = lambda p, q: sum(k(a, b) for a in p for b in q) / len(p) / len(q)  # noqa: E731
+    return math.sqrt(max(0, mean(x, x) - 2 * mean(x, y) + mean(y, y)))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.7])
+def test_what_train_hands_to_the_losses(tmp_path, monkeypatch, weight):
+    blocks, losses = [], {}
+    gram_blocks, critic_loss, generator_loss = kernels.gram_blocks, script.critic_loss, script.generator_loss
+
+    def spy_blocks(x, y, *args):
+        blocks.append((x.detach().double(), y.detach().double(), args))
+        return gram_blocks(x, y, *args)
+
+    monkeypatch.setattr(kernels, "gram_blocks", spy_blocks)
+    monkeypatch.setattr(script, "critic_loss", lambda *a: (losses.setdefault("c", a), critic_loss(*a))[1])
+    monkeypatch.setattr(
+        script, "generator_loss", lambda *a: (losses.setdefault("g", a), generator_loss(*a))[1]
+    )
+    train(tmp_path, total_steps=1, batch_size=8, n_critic=1, data_mmd_weight=weight)
+    sigmas = (1.0, 2.0, 4.0, 8.0, 16.0)
+    assert all(args == ("rbf", sigmas) for *_, args in blocks)
+    assert len(blocks) == (3 if weight else 2)
+    assert losses["c"][0].item() == pytest.approx(literal_sqrt_mmd(*blocks[0][:2], sigmas), abs=1e-4)
+    assert losses["c"][2] == 0.1  # lambda of the gradient penalty on toys
+    assert losses["g"][0].item() == pytest.approx(literal_sqrt_mmd(*blocks[1][:2], sigmas), abs=1e-4)
+    assert losses["g"][2] == weight
+    if weight:  # in data space, against the real samples of the same update
+        assert blocks[2][0].shape == (8, 2)
+        assert losses["g"][1].item() == pytest.approx(literal_sqrt_mmd(*blocks[2][:2], sigmas), abs=1e-4)
+
+
+# --- regularisers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [1.0, 0.5])
+@pytest.mark.parametrize("shape", [(3,), (2, 4, 4)])
+def test_gradient_penalty_of_a_linear_mapper(shape, target):
+    """The gradient of the sum of outputs x W^T + b is the sum of the rows of W, for every sample."""
+    mapper = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 4))
+    real, fake = torch.randn(5, *shape), torch.randn(5, *shape)
+    expected = (math.sqrt(sum(v**2 for v in mapper[1].weight.sum(0).tolist())) - target) ** 2
+    assert script.gradient_penalty(mapper, real, fake, target).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradient_penalty_is_one_sample_at_a_time_and_between_the_samples():
+    """F(t) = (t1^2, t2^2) / 2 has the gradient t itself: E (||t|| - 1)^2 over the segments, on average."""
+
+    class Square(nn.Module):
+        def forward(self, x):
+            return x**2 / 2
+
+    torch.manual_seed(0)
+    real, fake = torch.tensor([[1.0, 0.0]]).repeat(4000, 1), torch.tensor([[3.0, 0.0]]).repeat(4000, 1)
+    # t1 is uniform on [1, 3]: the mean of (t1 - 1)^2 is 4 / 3.
+    assert script.gradient_penalty(Square(), real, fake, 1.0).item() == pytest.approx(4 / 3, abs=0.06)
+    # Each sample has a place of its own on its segment.
+    assert script.gradient_penalty(Square(), 0 * real, 0 * fake, 1.0).item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 8, 8), (1, 28, 28)])
+def test_gradient_of_the_penalty_by_finite_differences(shape):
+    """Double backward through layer norm and convolutions, in float64."""
+    torch.manual_seed(1)
+    mapper = script.Critic(shape, 3, 4).double()
+    real, fake = torch.randn(3, *shape).double(), torch.randn(3, *shape).double()
+
+    def penalty():
+        torch.manual_seed(2)
+        return script.gradient_penalty(mapper, real, fake, 1.0)
+
+    norm = norm_layers(mapper)[0].weight
+    (gradient,) = torch.autograd.grad(penalty(), norm)
+    for i in range(2):
+        with torch.no_grad():
+            norm[i] += 1e-6
+        above = penalty().item()
+        with torch.no_grad():
+            norm[i] -= 2e-6
+        below = penalty().item()
+        with torch.no_grad():
+            norm[i] += 1e-6
+        assert gradient[i].item() == pytest.approx((above - below) / 2e-6, rel=1e-4, abs=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 8, 8), (3, 32, 32)])
+def test_l1_and_l2_see_the_normalisation_alone(shape):
+    mapper = script.Critic(shape, 3, 4)
+    norms = norm_layers(mapper)
+    assert norms
+    for parameter in mapper.parameters():
+        nn.init.normal_(parameter)
+    values = [v for m in norms for p in (m.weight, m.bias) for v in p.flatten().tolist()]
+    everything = [v for p in mapper.parameters() for v in p.flatten().tolist()]
+    expected = {
+        "l1": sum(map(abs, values)), "l2": sum(v * v for v in values),
+        "weight-decay": sum(v * v for v in everything),
+    }  # fmt: skip
+    for name, value in expected.items():
+        reg = script.regularization(mapper, None, None, script.Args(regularizer=name))
+        assert reg.item() == pytest.approx(value, rel=1e-4)
+        gradients = torch.autograd.grad(reg, list(mapper.parameters()), allow_unused=True)
+        inside = {id(p) for m in norms for p in m.parameters()}
+        for parameter, gradient in zip(mapper.parameters(), gradients):
+            assert (gradient is not None) == (name == "weight-decay" or id(parameter) in inside)
+
+
+# --- networks --------------------------------------------------------------------------------------
+
+
+def test_parameter_counts_on_toys():
+    """methods.md 3.2: three hidden layers of 512 and a linear one; the normalisation comes on top."""
+    generator, mapper = script.Generator((2,), 2, 512), script.Critic((2,), 10, 512)
+    assert count(generator) - 3 * 2 * 512 == 527_874
+    assert count(mapper) - 3 * 2 * 512 == 531_978
+    assert [type(m).__name__ for m in norm_layers(generator)] == ["BatchNorm1d"] * 3
+    assert [m.num_groups for m in norm_layers(mapper)] == [1] * 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "width", "start", "channels"),
+    [((1, 28, 28), 64, 4, (64, 128, 256)), ((3, 32, 32), 128, 4, (128, 256, 512)),
+     ((3, 64, 64), 64, 4, (64, 128, 256, 512)),
+     ((3, 48, 48), 64, 6, (64, 128, 256)), ((1, 8, 8), 32, 4, (32,))],
+)  # fmt: skip
+def test_networks_of_the_images(shape, width, start, channels):
+    """methods.md 3.2: 5x5 kernels, dense 128 -> start^2 c, dense -> 10, all with biases; normed maps."""
+    sizes = (shape[0], *channels)
+    convs = sum(25 * i * o for i, o in zip(sizes, sizes[1:]))
+    last = channels[-1] * start**2
+    generator, mapper = script.Generator(shape, 128, width), script.Critic(shape, 10, width)
+    assert count(generator) == convs + 129 * last + sum(sizes[:-1]) + 2 * sum(channels)
+    normed = channels[1:] or channels
+    assert count(mapper) == convs + sum(channels) + 10 * last + 10 + 2 * sum(normed)
+    fake = generator(torch.randn(3, 128))
+    assert fake.shape == (3, *shape)
+    assert fake.abs().max() <= 1
+    assert mapper(fake).shape == (3, 10)
+    maps = [m(torch.zeros(1, *shape)).shape[-1] for m in (mapper.layers[:-2],)]
+    assert maps == [start]
+
+
+@pytest.mark.parametrize(("side", "before", "after"), [(8, 1, 2), (28, 1, 2), (7, 2, 2), (14, 1, 2)])
+def test_same_padding(side, before, after):
+    """ceil(side / 2) outputs, 5x5 windows 2 apart; the total padding split with the larger part after."""
+    half = -(-side // 2)
+    total = (half - 1) * 2 + 5 - side
+    assert (total // 2, total - total // 2) == (before, after)
+    shape = (1, side, side) if side >= 7 else None
+    mapper = script.Critic(shape, 3, 2)
+    x = torch.randn(1, 1, side, side)
+    conv = mapper.layers[1]
+    padded = F.pad(x, (before, after, before, after))
+    torch.testing.assert_close(conv(mapper.layers[0](x)), F.conv2d(padded, conv.weight, conv.bias, stride=2))
+    assert conv(mapper.layers[0](x)).shape[-1] == half
+
+
+@pytest.mark.parametrize("side", [8, 7])
+def test_transposed_convolutions_are_the_adjoint_of_same_padding(side):
+    torch.manual_seed(0)
+    deconv = nn.Sequential(nn.ConvTranspose2d(2, 3, 5, 2, 1, bias=False), script.crop(side)).double()
+    small = torch.randn(1, 2, 4, 4, dtype=torch.float64)
+    large = torch.randn(1, 3, side, side, dtype=torch.float64)
+    if side == 8:
+        same = F.conv2d(F.pad(large, (1, 2, 1, 2)), deconv[0].weight, stride=2)
+    else:  # 28x28's: made for 8x8, the last row and column then cut
+        same = F.conv2d(F.pad(large, (1, 3, 1, 3)), deconv[0].weight, stride=2)
+    assert (deconv(small) * large).sum().item() == pytest.approx((small * same).sum().item(), rel=1e-10)
+
+
+def test_layer_norm_is_over_channels_and_places_of_one_sample():
+    layer = norm_layers(script.Critic((1, 28, 28), 3, 4))[0]
+    x = torch.randn(2, 8, 7, 7)
+    torch.testing.assert_close(layer(x), F.layer_norm(x, x.shape[1:]), rtol=1e-4, atol=1e-5)
+
+
+def test_initialisation_on_toys():
+    torch.manual_seed(0)
+    hidden1, hidden2, hidden3, last = (
+        m.weight for m in script.Critic((2,), 10, 512).modules() if isinstance(m, nn.Linear)
+    )
+    for weight, bound in ((hidden1, 3**0.5), (hidden2, (6 / 512) ** 0.5), (hidden3, (6 / 512) ** 0.5)):
+        assert weight.abs().max().item() == pytest.approx(bound, rel=0.02)  # He, uniform
+    assert last.abs().max().item() == pytest.approx((6 / 522) ** 0.5, rel=0.02)  # Glorot
+
+
+# --- training --------------------------------------------------------------------------------------
+
+
+def train(tmp_path, **kwargs):
+    values = dict(dataset="8gaussians", total_steps=3, batch_size=16, width=8, eval_every=0)
+    return script.train(script.Args(runs_dir=str(tmp_path), **{**values, **kwargs}))
+
+
+def state(tmp_path):
+    (path,) = tmp_path.glob("*/checkpoint.pt")
+    return torch.load(path, weights_only=True)
+
+
+VARIANTS = [
+    {}, dict(regularizer="l1"), dict(regularizer="l2"), dict(regularizer="weight-decay"), dict(feature_dim=2),
+    dict(data_mmd_weight=1.0), dict(n_generator=2, n_critic=2), dict(gp_target=0.5), dict(kernel="rq"),
+    dict(kernel="laplacian"), dict(bandwidths=(2.0,)), dict(ema_decay=0.9),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kwargs", VARIANTS, ids=str)
+@pytest.mark.parametrize("dataset", ["digits", "swissroll"])
+def test_variants_run(tmp_path, dataset, kwargs):
+    assert train(tmp_path, dataset=dataset, **{"n_critic": 1, **kwargs}) == {}
+    assert state(tmp_path)["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "weight"),
+    [({}, 0.1), (dict(dataset="digits"), 10.0), (dict(regularizer="l1"), 1e-3),
+     (dict(regularizer="l2"), 1e-3), (dict(regularizer="weight-decay"), 1e-3), (dict(lambda_reg=0.0), 0.0)],
+)  # fmt: skip
+def test_default_weights(tmp_path, kwargs, weight):
+    train(tmp_path, total_steps=1, n_critic=1, **kwargs)
+    assert state(tmp_path)["args"]["lambda_reg"] == weight
+
+
+def test_schedule_is_algorithm_1():
+    for n_critic, n_generator in ((5, 1), (2, 3), (1, 4)):
+        args = script.Args(n_critic=n_critic, n_generator=n_generator)
+        counts = [script.critic_steps(step, args) for step in range(1, 25)]
+        assert counts == ([n_critic] + [0] * (n_generator - 1)) * (24 // n_generator)
+        assert [script.batches_before(step, args) for step in range(1, 25)] == [
+            sum(counts[:done]) + done for done in range(24)
+        ]
+
+
+def test_each_update_draws_the_next_batch(tmp_path, monkeypatch):
+    drawn = []
+    batch = script.datasets.Toy.batch
+    monkeypatch.setattr(script.datasets.Toy, "batch", lambda self, i: (drawn.append(i), batch(self, i))[1])
+    train(tmp_path, total_steps=5, n_critic=3, n_generator=2)
+    assert drawn == list(range(14))
+
+
+def test_generator_step_leaves_the_mapper_alone(tmp_path, monkeypatch):
+    seen, optimisers = [], []
+    init, loss = torch.optim.Adam.__init__, script.generator_loss
+    monkeypatch.setattr(
+        torch.optim.Adam, "__init__", lambda self, *a, **k: (optimisers.append(self), init(self, *a, **k))[1]
+    )
+
+    def spy(*args):
+        seen[:] = [p.grad.clone() for p in optimisers[1].param_groups[0]["params"]]
+        assert optimisers[0].param_groups[0]["params"][0].grad is None  # nor the mapper's loss the generator
+        return loss(*args)
+
+    monkeypatch.setattr(script, "generator_loss", spy)
+    train(tmp_path, total_steps=1)
+    assert len(seen) == 14
+    assert all(torch.equal(p, q.grad) for p, q in zip(seen, optimisers[1].param_groups[0]["params"]))
+
+
+def test_mapper_alone_parts_real_from_fake():
+    """On its own loss M rises and the penalty falls; with the sign that the paper prints it would rise."""
+    torch.manual_seed(0)
+    real, fake = torch.randn(32, 2), torch.randn(32, 2) * 0.5 + 1
+    mapper, args = script.Critic((2,), 4, 32), script.Args()
+    optimiser = torch.optim.Adam(mapper.parameters(), 1e-2)
+    first = None
+    for _ in range(60):
+        mmd = kernels.sqrt_mmd(*kernels.gram_blocks(mapper(real), mapper(fake), "rbf", (1.0, 2.0)))
+        reg = script.regularization(mapper, real, fake, args)
+        first = first or (mmd.item(), reg.item())
+        optimiser.zero_grad()
+        script.critic_loss(mmd, reg, 1.0).backward()
+        optimiser.step()
+    assert mmd > first[0]
+    assert reg < first[1]
+
+
+@pytest.mark.parametrize("kwargs", [{}, dict(n_generator=2)], ids=str)
+def test_resuming_is_bit_for_bit(tmp_path, kwargs):
+    train(tmp_path / "whole", total_steps=4, **kwargs)
+    train(tmp_path / "part", total_steps=1, **kwargs)
+    (folder,) = (tmp_path / "part").iterdir()
+    saved = script.run.parse(script.Args, ["--resume", str(folder)])
+    script.train(dataclasses.replace(saved, total_steps=4))
+    whole, part = state(tmp_path / "whole"), state(tmp_path / "part")
+    for name in ("generator", "critic"):
+        assert all(torch.equal(whole[name][key], part[name][key]) for key in whole[name])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "flag"),
+    [
+        (dict(lambda_reg=-1.0), "--lambda-reg"), (dict(gp_target=-1.0), "--gp-target"),
+        (dict(data_mmd_weight=float("nan")), "--data-mmd-weight"), (dict(n_generator=0), "--n-generator"),
+        (dict(n_critic=0), "--n-critic"), (dict(feature_dim=0), "--feature-dim"),
+        (dict(bandwidths=(1.0, -1.0)), "--bandwidths"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_refused_before_a_folder_is_made(tmp_path, kwargs, flag):
+    with pytest.raises(BadInput, match=flag):
+        train(tmp_path, **kwargs)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_paper_leaves_open_is_said_in_the_help():
+    """[P] gives Adam, batch sizes, d and the regularisers; every other argument of the method says so."""
+    lines = Path(script.__file__).read_text().split("    # --- method ---\n")[1].split("\n\n")[0].splitlines()
+    given = {"kernel", "regularizer", "feature_dim", "gp_target"}
+    fields = [line.split(":")[0].strip() for line in lines]
+    assert [f for f, line in zip(fields, lines) if "not given in the paper" not in line] == [
+        f for f in fields if f in given
+    ]
