@@ -97,16 +97,26 @@ def test_shared_sections_are_identical(script):
         assert strip(section(script, first, last)) == strip(section("mmd_gan_repulsive", first, last))
 
 
-FLOORS = {"gmmn": 0.65, "mmd_gan_repulsive": 0.75}
+# What is reached, in percent of the lines of train (a point is left for a line or two): only to be raised.
+FLOORS = {
+    ("mmd_gan", "gamn"): 85,
+    ("mmd_gan", "smmd_gan"): 72,
+    ("gamn", "smmd_gan"): 75,
+    ("mmd_gan_repulsive", "gram_net"): 84,
+    ("mmd_gan_repulsive", "mmd_gan"): 72,
+    ("mmd_gan_repulsive", "gamn"): 73,
+    ("mmd_gan_repulsive", "smmd_gan"): 69,
+    ("gmmn", "mmd_gan_repulsive"): 66,
+    ("gmmn", "mmd_gan"): 60,
+}
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_train_shares_its_lines(script):
-    other = "mmd_gan_repulsive" if script == "gmmn" else "gmmn"
-    a, b = lines_of_train(script), lines_of_train(other)
+@pytest.mark.parametrize("pair", FLOORS, ids="-".join)
+def test_train_shares_its_lines(pair):
+    a, b = map(lines_of_train, pair)
     blocks = difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
-    share = 2 * sum(block.size for block in blocks) / (len(a) + len(b))
-    assert share >= 0.65, "\n".join(difflib.unified_diff(a, b, script, other, lineterm="", n=0))
+    share = 200 * sum(block.size for block in blocks) / (len(a) + len(b))
+    assert share >= FLOORS[pair], "\n".join(difflib.unified_diff(a, b, *pair, lineterm="", n=0))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
