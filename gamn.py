@@ -22,10 +22,12 @@ Deviations from the paper [P], which has no code; [W] is that of Gulrajani et al
      by which the mapper would drive its penalty up.
   2. Fake samples in the third expectation of Eq. (3), where [P] writes real ones; no gradient where M is 0.
   3. [P] gives batch sizes, d, Adam and the names of the layers, and nothing else of what is set below: each
-     help says so. What is filled in is [W]'s, the bandwidths are those of MMD-GAN.
-  4. Which layers are normalised: in G all but the last; in F all but the first and the last convolution
-     (as [W]), the only one of an 8x8 image, and each hidden layer on toys. Layer norm is over (c, h, w) with
-     a scale and a shift per channel, as [W].
+     help says so, but for those of the run block. What is filled in is [W]'s; bandwidths are MMD-GAN's, on
+     toys ours.
+  4. Which layers are normalised: in G all but the last, on toys none (batch statistics blur a sample by more
+     than the width of a mode); in F each convolution but the first (as [W]; the only one of an 8x8 image
+     too) and each hidden layer on toys. Layer norm is over (c, h, w) with one scale per channel, as [W].
+     On toys biases start as PyTorch's, where [W] has 0 and no norm: else F could not see how far a point is.
   5. tanh and pixels in [-1, 1] for grey images too, where [W] has a sigmoid; weights from N(0, 0.02^2) for
      all images, as [W]'s for 64x64.
   6. Networks for images that are not 28, 32 or 64 pixels; fewer steps on toys than [W]'s 100,000: ours.
@@ -90,7 +92,7 @@ class Args:
 
     # --- method ---
     kernel: Literal["rbf", "laplacian", "rq"] = "rbf"  # of the mapper's features; the paper's is rbf
-    bandwidths: tuple[float, ...] | None = None  # sigma (None: 1 2 4 8 16), or alpha; not given in the paper
+    bandwidths: tuple[float, ...] | None = None  # (None: 1 2 4 8 16; toys .05 to 1); not given in the paper
     regularizer: Literal["gp", "l1", "l2", "weight-decay"] = "gp"  # Reg in the mapper's loss
     lambda_reg: float | None = None  # of Reg (None: gp 10, on toys 0.1; others 1e-3); not given in the paper
     gp_target: float = 1.0  # norm of the gradient that gp asks for
@@ -120,7 +122,7 @@ DEFAULTS = {
     ),  # ours
     "toys": dict(
         total_steps=2000, batch_size=256, width=512, latent_dim=2, learning_rate=5e-4,
-        critic_learning_rate=5e-4, eval_every=500,
+        critic_learning_rate=5e-4, eval_every=500, sample_bn="running",
     ),  # steps and learning rates: ours
 }  # fmt: skip
 VALUE_RANGE = (-1.0, 1.0)
@@ -148,11 +150,10 @@ def initialise(module: nn.Module) -> None:
 
 
 def mlp(inputs: int, width: int, outputs: int, norm: nn.Module) -> nn.Sequential:
-    """Return three normalised hidden layers and a linear one, as [W] draws them: He's law, then Glorot's."""
+    """Return three hidden layers with norm and a linear one; He's law and Glorot's, as [W]."""
     dense = [nn.Linear(i, o) for i, o in ((inputs, width), (width, width), (width, width), (width, outputs))]
     for layer in dense:
-        nn.init.kaiming_uniform_(layer.weight)
-        nn.init.zeros_(layer.bias)
+        nn.init.kaiming_uniform_(layer.weight)  # biases are PyTorch's: Deviation 4
     nn.init.xavier_uniform_(dense[-1].weight)
     return nn.Sequential(*(m for d in dense[:-1] for m in (d, copy.deepcopy(norm), nn.ReLU())), dense[-1])
 
@@ -168,7 +169,7 @@ class Generator(nn.Module):
     def __init__(self, shape: tuple[int, ...], latent_dim: int, width: int) -> None:
         super().__init__()
         if len(shape) == 1:
-            self.layers = mlp(latent_dim, width, *shape, nn.BatchNorm1d(width))
+            self.layers = mlp(latent_dim, width, *shape, nn.Identity())  # Deviation 4
             return
         *targets, start = sides(shape[1])  # 32, 16, 8 and 4
         c = width * 2 ** (len(targets) - 1)
@@ -280,7 +281,8 @@ def train(args: Args) -> dict[str, float]:
     defaults = DEFAULTS["images"], DEFAULTS.get(datasets.kind(args.dataset), {})
     toy, gp = args.dataset in datasets.TOYS, args.regularizer == "gp"
     method = {"lambda_reg": (0.1 if toy else 10.0) if gp else 1e-3}
-    bandwidths = {"rq": (0.2, 0.5, 1.0, 2.0, 5.0)}.get(args.kernel, (1.0, 2.0, 4.0, 8.0, 16.0))
+    sigmas = (0.05, 0.1, 0.2, 0.5, 1.0) if args.dataset in datasets.TOYS else (1.0, 2.0, 4.0, 8.0, 16.0)
+    bandwidths = {"rq": (0.2, 0.5, 1.0, 2.0, 5.0)}.get(args.kernel, sigmas)
     args = run.resolve(args, *defaults, method, {"bandwidths": bandwidths})
     for name, least in LEAST.items():
         value = getattr(args, name)

@@ -253,7 +253,7 @@ def losses(real_feat: Tensor, fake_feat: Tensor, args: Args) -> tuple[Tensor, Te
     else:
         ratio = density_ratio(k_yy, k_xy.mT, args.ridge).mean(0)  # p/q at generated points; Deviation 3
         c_loss, g_loss = critic_loss(ratio, args.positivity, args.positivity_weight), generator_loss(*gram)
-    logged = {f"kernel/k_{pair}": kernels.off_diagonal_mean(k) for pair, k in zip(("xx", "xy", "yy"), gram)}
+    logged = {f"kernel/k_{pair}": k.mean() for pair, k in zip(("xx", "xy", "yy"), gram)}
     logged |= {"losses/pearson_divergence": pearson_divergence(ratio), "losses/mmd2": generator_loss(*gram)}
     return c_loss, g_loss, logged | {"charts/negative_ratios": (ratio < 0).double().mean()}
 

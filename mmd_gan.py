@@ -11,7 +11,7 @@ The critic is an encoder f, with a decoder d of its own; x is real, y = G(z) is 
     R(x) = mean over all elements of (x - d(f(x)))^2                               the auto-encoder
 
 k is a sum of RBF kernels. f is kept Lipschitz by clipping its parameters to +-0.01 before each of its
-updates: 100 of them before each of the first 25 updates of G and before each 500th, else 5. Real and
+updates: 100 of them before each of the first 25 updates of G and after each 500th, else 5. Real and
 fake pass f separately, so batch normalisation takes from each its own mean and variance.
 --lambda-ae 0, --lambda-rank 0 and --clip 0 switch off one constraint each (Table 4 of the GRAM paper, [S]).
 
@@ -31,9 +31,9 @@ Deviations from the paper [L] and from the authors' code [C]:
      short, and the generator's update is skipped where an epoch ends during the critic's.
   4. No gradient where M is 0, where [C] has NaN.
   5. --kernel rq and laplacian: neither has them; rq takes its alphas from Binkowski et al. 2018.
-  6. Images of 8 to 127 pixels, MLPs for toys: ours, with larger steps and a wider clip. No hinge on toys:
-     the generator is rewarded for leaving the feasible set, and where no tanh bounds its samples they run
-     away (H = -3e5 after 600 steps, if it is on).
+  6. Image sizes but 32 and 64, MLPs and bandwidths for toys: ours, with larger steps and a wider clip. No
+     hinge on toys: the generator is rewarded for leaving the feasible set, and where no tanh bounds its
+     samples they ran away at our learning rate. [S], App. B.3, has the hinge, clip 0.1 and 5e-5 on rings.
   7. --architecture gram: a dense layer that is read as (c, 4, 4), and one that reads it flattened, are the
      4x4 convolutions at the two ends of [C]'s networks; what is left is the width, and batch norm after
      the critic's first layer too. Its initialisation, latent law and decoder are not in [S]: [C]'s.
@@ -98,12 +98,12 @@ class Args:
 
     # --- method ---
     kernel: Literal["rbf", "laplacian", "rq"] = "rbf"  # of the critic's features
-    bandwidths: tuple[float, ...] | None = None  # sigma (None: 1 2 4 8 16), alpha of rq (.2 .5 1 2 5); summed
+    bandwidths: tuple[float, ...] | None = None  # sigma (None: 1 2 4 8 16; toys .05 to 1), or alpha; summed
     lambda_ae: float = 8.0  # weight of the auto-encoder's loss in the critic's; 0 is off, with no decoder
     lambda_rank: float | None = None  # weight of the rank hinge in both losses; 0 is off
     clip: float | None = None  # bound on the critic's parameters before each of its updates; 0 is off
     n_critic: int = 5  # critic updates per generator update
-    warmup_critic: int | None = None  # the same for the first 25 generator updates and each 500th
+    warmup_critic: int | None = None  # the same for the first 25 generator updates and after each 500th
     architecture: Literal["li", "gram"] = "li"  # networks of [C], or the DCGAN of [S], Tables 5 and 6
     weak_critic: bool = False  # with --architecture gram: the smaller critic of [S], Table 7
     feature_dim: int | None = None  # dimension K of the critic's output, the auto-encoder's code
@@ -128,7 +128,7 @@ DEFAULTS = {
         critic_learning_rate=1e-3, clip=0.1, warmup_critic=5, eval_every=500, eval_features="pixels",
     ),  # ours
     "toys": dict(
-        total_steps=3000, batch_size=128, width=128, feature_dim=16, latent_dim=2, learning_rate=5e-4,
+        total_steps=3000, batch_size=256, width=128, feature_dim=16, latent_dim=2, learning_rate=5e-4,
         critic_learning_rate=5e-4, lambda_rank=0.0, clip=0.1, warmup_critic=5, eval_every=500,
     ),  # ours
 }  # fmt: skip
@@ -286,7 +286,8 @@ def train(args: Args) -> dict[str, float]:
     defaults = DEFAULTS["images"], DEFAULTS.get(datasets.kind(args.dataset), {})
     toy, gram = args.dataset in datasets.TOYS, args.architecture == "gram"
     method = {"width": 32} if gram else {}  # Deviation 7
-    bandwidths = {"rq": (0.2, 0.5, 1.0, 2.0, 5.0)}.get(args.kernel, (1.0, 2.0, 4.0, 8.0, 16.0))
+    sigmas = (0.05, 0.1, 0.2, 0.5, 1.0) if args.dataset in datasets.TOYS else (1.0, 2.0, 4.0, 8.0, 16.0)
+    bandwidths = {"rq": (0.2, 0.5, 1.0, 2.0, 5.0)}.get(args.kernel, sigmas)
     args = run.resolve(args, *defaults, method, {"bandwidths": bandwidths})
     for name, least in LEAST.items():
         value = getattr(args, name)

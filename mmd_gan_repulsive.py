@@ -6,7 +6,7 @@ real, y, y' are fake. Both players minimise:
     generator   L_G  = E k(x, x') - 2 E k(x, y) + E k(y, y')                               Eq. (2)
     critic      L_D  = lambda E k(x, x') - (lambda - 1) E k(x, y) - E k(y, y')             Eq. (5)
 
-lambda = -1 is the attractive loss of MMD-GAN, Eq. (3); lambda = 1 the repulsive loss, Eq. (4), which
+--lam -1 is the attractive loss of MMD-GAN, Eq. (3); --lam 1 the repulsive loss, Eq. (4), which
 pushes real pairs apart. rbf-b bounds the distances of the critic's kernel only, Eqs. (6), (7). Each layer
 of D is divided by its spectral norm, found by power iteration on the convolution itself (PICO,
 Appendix C). Real and fake pass D together, and both gradients come from one forward pass.
@@ -21,16 +21,19 @@ Deviations from the paper [P] and from the authors' code [C]:
   3. rbf-b for every lambda: a pair that the critic pushes apart has its d2 bounded above, one that it
      pulls together below. This is Eq. (6) at -1 and Eq. (7) at 1; between 0 and 1 [P] has no rule, and
      [C] leaves the cross term unbounded.
-  4. With --kernel rbf and lambda = -1, [P]'s MMD-rbf takes --bandwidths 1 1.414 2 2.828 4; the default
-     is the single 1 of its Figure 3.
+  4. sigma = 1 where --bandwidths is not given, for --lam -1 too (Figure 3); Table 1's MMD-rbf has five.
   5. Linear first layer of the generator for every image size: [P]; [C] has batch norm there at 48x48.
-  6. Networks of one to four levels for images of 8 to 127 pixels, and MLPs for toys: ours.
-  7. The gradient-penalised variant of Appendix D.1 is not here: [C] never calls it.
+  6. Networks by levels for images of other sizes than 32, 48 and 64, and MLPs for toys: ours.
+  7. --lambda-gp: [C] has the penalty but never calls it; the square of the norm is [C]'s, where Eq. (S8)
+     prints the norm. As in Appendix D.1 with --spectral-norm none --feature-dim 1.
+  8. --spectral-norm pim has the same gain as pico; [P] gives none for it.
+  9. Simultaneous updates of both players from one forward pass: [C]; [P] says n_dis = 1.
 
 Usage:
     python mmd_gan_repulsive.py
     python mmd_gan_repulsive.py --dataset cifar10 --kernel rbf-b
-    python mmd_gan_repulsive.py --dataset folder:photos --image-size 64
+    python mmd_gan_repulsive.py --lam -1 --kernel rbf --bandwidths 1 1.4142 2 2.8284 4
+    python mmd_gan_repulsive.py --lambda-gp 0.1 --spectral-norm none --feature-dim 1
 """
 
 # --- imports ---------------------------------------------------------------------------------------
@@ -87,11 +90,12 @@ class Args:
 
     # --- method ---
     loss: Literal["mmd", "hinge", "non-saturating"] = "mmd"  # the last two: [P]'s baselines (App. B.1)
-    repulsion: float = 1.0  # lambda of Eq. (5): -1 attractive (MMD-GAN), 1 repulsive
+    lam: float = 1.0  # lambda of Eq. (5): -1 attractive (MMD-GAN), 1 repulsive
+    lambda_gp: float = 0.0  # lambda of the gradient-penalised loss, Eq. (S8): 0.1 in the paper; 0 is off
     kernel: Literal["rbf", "rbf-b", "rq"] = "rbf"  # rbf-b bounds the critic's kernel, Eqs. (6), (7)
     bandwidths: tuple[float, ...] | None = None  # sigma of rbf (None: 1), alpha of rq (.2 .5 1 2 5); summed
     feature_dim: int | None = None  # dimension d of the critic's output
-    spectral_norm: Literal["pico", "pim"] = "pico"  # of the convolution, or of its reshaped kernel
+    spectral_norm: Literal["pico", "pim", "none"] = "pico"  # of the convolution, or of its reshaped kernel
     sn_gain: float | None = None  # C, factor on each normalised weight (None: 64^(1/K) for K layers)
     latent_dim: int | None = None  # dimension of the generator's input z ~ N(0, I)
     learning_rate: float | None = None  # of the generator
@@ -100,7 +104,7 @@ class Args:
     beta2: float = 0.999  # Adam's second moment, both players
 
 
-# [P] section 5.1; learning rates: the authors' scripts, which are the best cells of Table S3.
+# [P] section 5.1; learning rates: [C]'s scripts, the best of their 16 pairs for MMD-rep.
 DEFAULTS = {
     "images": dict(
         image_size=64, total_steps=100_000, batch_size=64, width=64, feature_dim=16, latent_dim=128,
@@ -197,7 +201,7 @@ class SpectralNorm(nn.Module):
 
 
 class Critic(nn.Module):
-    """Samples (B, *shape) -> features (B, feature_dim); Tables S1 and S2 (b), K = depth(shape) layers."""
+    """Samples (B, *shape) -> features (B, feature_dim); Tables S1 and S2 (b); K = 2 levels + 2 layers."""
 
     def __init__(self, shape: tuple[int, ...], feature_dim: int, width: int, gain: float, norm: str) -> None:
         super().__init__()
@@ -216,7 +220,8 @@ class Critic(nn.Module):
             nn.init.zeros_(layer.bias)
             x = x.flatten(1) if layer is last else x
             normalise, x = SpectralNorm(layer, x.shape[1:], gain, norm), layer(x).detach()
-            nn.utils.parametrize.register_parametrization(layer, "weight", normalise)
+            if norm != "none":
+                nn.utils.parametrize.register_parametrization(layer, "weight", normalise)
         hidden = [module for layer in layers for module in (layer, nn.LeakyReLU(0.1))]
         self.layers = nn.Sequential(*hidden, nn.Flatten(), last)
 
@@ -224,33 +229,29 @@ class Critic(nn.Module):
         return self.layers(x)
 
 
-def depth(shape: tuple[int, ...]) -> int:
-    """Return K, the number of the critic's layers: 8 for 32x32 and 48x48, 10 for 64x64."""
-    return 4 if len(shape) == 1 else 2 * levels(shape[1]) + 2
-
-
 # --- losses ----------------------------------------------------------------------------------------
 
-LOWER_BOUND, UPPER_BOUND = 0.25, 4.0  # b_l and b_u of squared distances, section 4.1
+LOWER_BOUND, UPPER_BOUND = 0.25, 4.0  # b_l and b_u of squared distances, Eqs. (6) and (7)
 
 
-def bounded(d2_xx: Tensor, d2_xy: Tensor, d2_yy: Tensor, repulsion: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the squared distances (n, n) that rbf-b sees: Eq. (6) for lambda < 0, Eq. (7) for lambda = 1.
-
-    Pairs that the critic pulls together are clamped below at b_l, pairs that it pushes apart above at b_u.
-    """
-    d2_xx = d2_xx.clamp_max(UPPER_BOUND) if repulsion > 0 else d2_xx.clamp_min(LOWER_BOUND)
-    d2_xy = d2_xy.clamp_max(UPPER_BOUND) if repulsion < 1 else d2_xy.clamp_min(LOWER_BOUND)  # Deviation 3
+def bounded(d2_xx: Tensor, d2_xy: Tensor, d2_yy: Tensor, lam: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return d2 (n, n) as rbf-b has it: pairs pushed apart bounded above, pairs pulled together below."""
+    d2_xx = d2_xx.clamp_max(UPPER_BOUND) if lam > 0 else d2_xx.clamp_min(LOWER_BOUND)
+    d2_xy = d2_xy.clamp_max(UPPER_BOUND) if lam < 1 else d2_xy.clamp_min(LOWER_BOUND)  # Deviation 3
     return d2_xx, d2_xy, d2_yy.clamp_min(LOWER_BOUND)
 
 
-def critic_loss(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor, repulsion: float) -> Tensor:
-    """Return L_D of Eq. (5), minimised: lambda E k(x, x') - (lambda - 1) E k(x, y) - E k(y, y').
-
-    Gram matrices (n, n); all three means leave out the diagonal (Eq. S4). For one kernel in [-1, 1].
-    """
+def critic_loss(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor, lam: float) -> Tensor:
+    """Return L_D of Eq. (5), minimised, for Gram matrices (n, n); no mean has the diagonal (Eq. S4)."""
     mean_xx, mean_xy, mean_yy = map(kernels.off_diagonal_mean, (k_xx, k_xy, k_yy))
-    return repulsion * mean_xx - (repulsion - 1) * mean_xy - mean_yy
+    return lam * mean_xx - (lam - 1) * mean_xy - mean_yy
+
+
+def penalised(c_loss: Tensor, real_feat: Tensor, real: Tensor, lambda_gp: float) -> Tensor:
+    """Return (L_D - 1) / (1 + lambda E ||grad D(x)||_F^2), Eq. (S8); real_feat (B, d) = D(real)."""
+    grads = (torch.autograd.grad(feat.sum(), real, create_graph=True)[0] for feat in real_feat.T)
+    norm2 = sum(grad.flatten(1).square().sum(1) for grad in grads)  # (B,), exact over all d outputs
+    return (c_loss - 1) / (1 + lambda_gp * kernels.gather(norm2).mean())
 
 
 def generator_loss(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor) -> Tensor:
@@ -261,19 +262,17 @@ def generator_loss(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor) -> Tensor:
 def losses(real_feat: Tensor, fake_feat: Tensor, args: Args) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return critic loss, generator loss and the means of the Gram blocks, for features (n, d)."""
     if args.loss == "hinge":
-        c_loss = F.relu(1 - real_feat).mean() + F.relu(1 + fake_feat).mean()
-        return c_loss, -fake_feat.mean(), {}
+        return F.relu(1 - real_feat).mean() + F.relu(1 + fake_feat).mean(), -fake_feat.mean(), {}
     if args.loss == "non-saturating":
         c_loss = F.softplus(-real_feat).mean() + F.softplus(fake_feat).mean()
         return c_loss, F.softplus(-fake_feat).mean(), {}
     kernel = kernels.RADIAL[args.kernel.removesuffix("-b")]
     d2 = kernels.squared_distance_blocks(real_feat, fake_feat)
     gram = [kernel(block, args.bandwidths) for block in d2]  # k_xx, k_xy, k_yy
-    critic_gram = gram
-    if args.kernel == "rbf-b":  # the critic's only: the generator keeps a true MMD, section 4.1
-        critic_gram = [kernel(block, args.bandwidths) for block in bounded(*d2, args.repulsion)]
+    bounds = bounded(*d2, args.lam) if args.kernel == "rbf-b" else d2  # the generator keeps a true MMD
+    critic_gram = [kernel(block, args.bandwidths) for block in bounds]
     means = {name: kernels.off_diagonal_mean(k) for name, k in zip(("k_xx", "k_xy", "k_yy"), gram)}
-    return critic_loss(*critic_gram, args.repulsion), generator_loss(*gram), means
+    return critic_loss(*critic_gram, args.lam), generator_loss(*gram), means
 
 
 # --- sampling --------------------------------------------------------------------------------------
@@ -311,13 +310,16 @@ def train(args: Args) -> dict[str, float]:
     dim = {} if args.loss == "mmd" else {"feature_dim": 1}
     args = run.resolve(args, *defaults, dim, {"bandwidths": bandwidths})
     run.require(args.feature_dim == 1 or not dim, "--feature-dim", args.feature_dim, "1 with this --loss")
+    run.require(abs(args.lam) < float("inf"), "--lam", args.lam, "a finite number")
+    run.require(args.lambda_gp >= 0 and not (args.lambda_gp and dim), "--lambda-gp", args.lambda_gp, "0 here")
     device, rank, world_size = run.start(args.device)
     data = datasets.load(args, "train", VALUE_RANGE, device, rank, world_size)
     evaluator = evaluation.Evaluator(args, data) if args.eval_every or args.eval_only else None
 
     # Models; the seed makes every process start from the same weights.
     torch.manual_seed(args.seed)
-    args = run.resolve(args, {"sn_gain": 64 ** (1 / depth(data.shape))})  # Deviation 1
+    depth = 4 if len(data.shape) == 1 else 2 * levels(data.shape[1]) + 2  # K
+    args = run.resolve(args, {"sn_gain": 64 ** (1 / depth)})  # Deviation 1
     generator = Generator(data.shape, args.latent_dim, args.width).to(device)
     critic = Critic(data.shape, args.feature_dim, args.width, args.sn_gain, args.spectral_norm).to(device)
     g_optimizer = torch.optim.Adam(generator.parameters(), args.learning_rate, (args.beta1, args.beta2))
@@ -330,7 +332,7 @@ def train(args: Args) -> dict[str, float]:
     step = run.load_checkpoint(args, SCRIPT, models)  # 0 without --resume
     if args.compile:
         generator.compile()
-        critic.compile()
+        critic.compile(disable=args.lambda_gp > 0)  # its gradient is differentiated again
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     # Run folder
@@ -382,15 +384,17 @@ def train(args: Args) -> dict[str, float]:
 
     for step in range(step + 1, args.total_steps + 1):
         torch.manual_seed(run.mix(args.seed, 0, step, rank))  # whatever is random depends on the step alone
-        real = data.batch(step - 1)
+        real = data.batch(step - 1).requires_grad_(args.lambda_gp > 0)
         noise = draw_noise(len(real), args, device)
 
-        # Both players from one graph: simultaneous updates, section 5.1 (one critic step per generator step).
+        # Both players from one graph: simultaneous updates, one critic step per generator step (Deviation 9).
         with autocast:
             fake = generator(noise)
             feat = critic(torch.cat([real, fake]))  # (2B, d); one forward, so one step of power iteration
         real_feat, fake_feat = (kernels.gather(part.float()) for part in feat.chunk(2))
         c_loss, g_loss, kernel_means = losses(real_feat, fake_feat, args)
+        if args.lambda_gp > 0:
+            c_loss = penalised(c_loss, feat.float()[: len(real)], real, args.lambda_gp)
         c_optimizer.zero_grad()
         g_optimizer.zero_grad()
         c_loss.backward(inputs=list(critic.parameters()), retain_graph=True)

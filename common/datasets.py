@@ -45,8 +45,10 @@ class Batches:
     world_size: int
 
     def __post_init__(self) -> None:
-        expected = f"a multiple of the {self.world_size} processes"
-        require(self.batch_size % self.world_size == 0, "--batch-size", self.batch_size, expected)
+        n, expected = self.world_size, f"a multiple of the {self.world_size} processes, at least 2 for each"
+        require(
+            self.batch_size % n == 0 and self.batch_size >= 2 * n, "--batch-size", self.batch_size, expected
+        )
 
     def part(self, whole: Tensor) -> Tensor:
         """Return this process's rows of the global batch."""
@@ -62,7 +64,7 @@ class Toy(Batches):
 
     def batch(self, i: int) -> Tensor:
         """Return batch i, (batch_size / world_size, d) float32."""
-        return self.part(draw_toy(self.name, self.batch_size, mix(self.seed, 1, i))).to(self.device)
+        return self.part(draw_toy(self.name, self.batch_size, mix(self.seed, 3, i))).to(self.device)
 
 
 @dataclass
@@ -87,7 +89,7 @@ class Images(Batches):
         """
         epoch, position = divmod(i, len(self.images) // self.batch_size)
         if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(mix(self.seed, 2, epoch))
+            generator = torch.Generator().manual_seed(mix(self.seed, 4, epoch))
             order = torch.randperm(len(self.images), generator=generator)
             self.epoch, self.order = epoch, order.to(self.images.device)
         start = position * self.batch_size

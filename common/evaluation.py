@@ -185,7 +185,7 @@ def toy_metrics(name: str, fake: Tensor) -> dict[str, float]:
     high_quality: the share of samples within 3 standard deviations of the noise of a mode. modes: how many
     have at least a quarter of their fair share of those. The roll's "modes" are ten equal parts of its curve.
     """
-    real, scale = datasets.draw_toy(name, TOY_SAMPLES, mix(0, 3)), datasets.draw_toy(name, 1000, mix(0, 4))
+    real, scale = datasets.draw_toy(name, TOY_SAMPLES, mix(0, 5)), datasets.draw_toy(name, 1000, mix(0, 6))
     metrics = {"mmd": common_mmd2(real.double(), fake.double(), scale.double())}
     if name == "swissroll":
         centres, std = datasets.swissroll_curve(torch.linspace(0, 1, 2000)), datasets.SWISSROLL_STD

@@ -86,11 +86,12 @@ def resolve(args, *tables: dict):
     args = dataclasses.replace(args, **{k: v for k, v in values.items() if getattr(args, k) is None})
     least = dict.fromkeys(("log_every", "sample_every", "eval_every", "save_every", "seed"), 0)
     least |= dict.fromkeys(("total_steps", "batch_size", "width", "eval_samples", "image_size"), 1)
-    least |= dict.fromkeys(("latent_dim", "feature_dim", "n_critic"), 1)
+    least |= dict.fromkeys(("latent_dim", "feature_dim", "n_critic", "ae_steps"), 1) | {"drop_step": 0}
     for name, bound in least.items():
         value = getattr(args, name, None)
         require(value is None or value >= bound, f"--{name.replace('_', '-')}", value, f"at least {bound}")
-    for name in ("learning_rate", "critic_learning_rate", "bandwidths"):
+    require(args.seed < 2**63, "--seed", args.seed, "below 2^63")
+    for name in ("learning_rate", "critic_learning_rate", "bandwidths", "sn_gain"):
         value = getattr(args, name, None)
         values = value if isinstance(value, tuple) else (1.0 if value is None else value,)
         positive = len(values) > 0 and all(0 < v < float("inf") for v in values)
@@ -116,13 +117,12 @@ def start(device: str) -> tuple[torch.device, int, int]:
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise BadInput(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True  # Gram matrices: no TF32
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device, rank, world_size
@@ -176,7 +176,8 @@ def make_folder(args, script: str, rank: int) -> Path:
             except FileExistsError:  # another run, started in the same second
                 folder, again = first.with_name(f"{first.name}-{again}"), again + 1
         (folder / "samples").mkdir(exist_ok=True)
-        (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+        if not args.eval_only:
+            (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
     except OSError as error:
         raise BadInput(f"run folder {folder} cannot be written: {error}") from error
     options = [f"--{key.replace('_', '-')} {value}" for key, value in dataclasses.asdict(args).items()]

@@ -34,12 +34,12 @@ def run_losses(x, y, **kwargs):
     return script.losses(x, y, script.Args(**{"bandwidths": (1.0,), **kwargs}))
 
 
-@pytest.mark.parametrize("repulsion", [-1, -0.5, 0, 0.5, 1, 2])
-def test_losses_are_equations_2_and_5(repulsion):
+@pytest.mark.parametrize("lam", [-1, -0.5, 0, 0.5, 1, 2])
+def test_losses_are_equations_2_and_5(lam):
     x, y = features()
     xx, xy, yy = literal(x, y, lambda d2, _: math.exp(-d2 / 2))
-    c_loss, g_loss, means = run_losses(x, y, repulsion=repulsion)
-    assert c_loss.item() == pytest.approx(repulsion * xx - (repulsion - 1) * xy - yy, abs=1e-12)
+    c_loss, g_loss, means = run_losses(x, y, lam=lam)
+    assert c_loss.item() == pytest.approx(lam * xx - (lam - 1) * xy - yy, abs=1e-12)
     assert g_loss.item() == pytest.approx(xx - 2 * xy + yy, abs=1e-12)
     assert [m.item() for m in means.values()] == pytest.approx([xx, xy, yy], abs=1e-12)
 
@@ -52,21 +52,21 @@ def test_rq_and_mixtures_are_sums():
     assert (c_loss.item(), g_loss.item()) == pytest.approx((xx - yy, xx - 2 * xy + yy), abs=1e-12)
 
 
-@pytest.mark.parametrize("repulsion", [-1.0, 1.0])
-def test_bounded_kernel_is_equations_6_and_7(repulsion):
+@pytest.mark.parametrize("lam", [-1.0, 1.0])
+def test_bounded_kernel_is_equations_6_and_7(lam):
     x, y = features(1, 8, 1)
 
     def kernel(d2, pair):
-        if repulsion == -1:
+        if lam == -1:
             d2 = min(d2, 4) if pair == "xy" else max(d2, 0.25)  # Eq. (6)
         elif pair != "xy":
             d2 = min(d2, 4) if pair == "xx" else max(d2, 0.25)  # Eq. (7)
         return math.exp(-d2 / 2)
 
     xx, xy, yy = literal(x, y, kernel)
-    c_loss, g_loss, _ = run_losses(x, y, repulsion=repulsion, kernel="rbf-b")
-    assert c_loss.item() == pytest.approx(repulsion * xx - (repulsion - 1) * xy - yy, abs=1e-12)
-    unbounded = run_losses(x, y, repulsion=repulsion)
+    c_loss, g_loss, _ = run_losses(x, y, lam=lam, kernel="rbf-b")
+    assert c_loss.item() == pytest.approx(lam * xx - (lam - 1) * xy - yy, abs=1e-12)
+    unbounded = run_losses(x, y, lam=lam)
     assert g_loss.item() == unbounded[1].item()  # the generator's kernel is never bounded
     assert c_loss.item() != unbounded[0].item()
 
@@ -90,12 +90,12 @@ def test_values_and_gradients_at_the_bounds():
 def test_identities_between_the_losses():
     """L_att = -L_G, L_rep = L_G + 2 (E k(x, y) - E k(y, y')), and 0 for equal samples."""
     x, y = features(2)
-    attractive, g_loss, means = run_losses(x, y, repulsion=-1)
-    repulsive, _, _ = run_losses(x, y, repulsion=1)
+    attractive, g_loss, means = run_losses(x, y, lam=-1)
+    repulsive, _, _ = run_losses(x, y, lam=1)
     assert attractive.item() == pytest.approx(-g_loss.item(), abs=1e-14)
     assert repulsive.item() == pytest.approx((g_loss + 2 * (means["k_xy"] - means["k_yy"])).item(), abs=1e-14)
-    for repulsion in (-1, 0.5, 2):
-        assert run_losses(x, x, repulsion=repulsion)[0].item() == pytest.approx(0, abs=1e-14)
+    for lam in (-1, 0.5, 2):
+        assert run_losses(x, x, lam=lam)[0].item() == pytest.approx(0, abs=1e-14)
 
 
 def test_generator_loss_falls_when_fake_moves_towards_real():
@@ -226,7 +226,7 @@ def test_parameter_counts_of_the_papers_networks(side, generator, critic, depth)
     count = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
     assert count(script.Generator(shape, 128, 64)) == generator
     assert count(script.Critic(shape, 16, 64, 1.0, "pim")) == critic
-    assert script.depth(shape) == depth
+    assert len(script.Critic(shape, 16, 8, 1.0, "pim").layers) == 2 * depth
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 48, 48), (2,), (3,)])
@@ -236,13 +236,63 @@ def test_networks_fit_each_shape(shape):
     assert fake.shape == (4, *shape)
     assert critic(fake).shape == (4, 3)
     normalised = [m for m in critic.modules() if isinstance(m, script.SpectralNorm)]
-    assert len(normalised) == script.depth(shape)
+    assert len(normalised) == (4 if len(shape) == 1 else 2 * script.levels(shape[1]) + 2)
+
+
+def test_penalised_loss_is_equation_s8():
+    """With D(x) = W x the squared Frobenius norm of the gradient is that of W: rows (1, 2, 2), (0, 3, 4)."""
+    w = torch.tensor([[1.0, 2, 2], [0, 3, 4]], dtype=torch.float64, requires_grad=True)
+    real = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    c_loss = torch.tensor(0.3, dtype=torch.float64)
+    loss = script.penalised(c_loss, real @ w.T, real, 0.1)
+    assert loss.item() == pytest.approx((0.3 - 1) / (1 + 0.1 * 34))
+    (gradient,) = torch.autograd.grad(loss, w)  # through the norm: d(1 / (1 + 0.1 |W|^2)) / dW
+    torch.testing.assert_close(gradient, (0.7 * 0.2 / 4.4**2) * w.detach())
+
+
+def test_second_derivative_of_the_penalised_loss():
+    torch.manual_seed(0)
+    critic = script.Critic((1, 8, 8), 2, 2, 1.0, "none").double()
+    real, fake = (torch.rand(3, 1, 8, 8, dtype=torch.float64) for _ in range(2))
+    args = script.Args(bandwidths=(1.0,))
+    weight = critic.layers[0].weight
+
+    def loss():
+        x = real.clone().requires_grad_()
+        feat = critic(x), critic(fake)
+        return script.penalised(script.losses(*feat, args)[0], feat[0], x, 10.0)
+
+    (gradient,) = torch.autograd.grad(loss(), weight)
+    direction = torch.randn_like(weight)
+    values = []
+    for step in (1e-6, -1e-6):
+        with torch.no_grad():
+            weight.add_(step * direction)
+        values.append(loss().item())
+        with torch.no_grad():
+            weight.sub_(step * direction)
+    assert (gradient * direction).sum().item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5)
+
+
+def test_gradient_penalty_trains(tmp_path):
+    args = {
+        "total_steps": 2,
+        "batch_size": 8,
+        "width": 4,
+        "eval_every": 0,
+        "feature_dim": 1,
+        "spectral_norm": "none",
+    }
+    script.train(script.Args(**args, lambda_gp=0.1, runs_dir=str(tmp_path / "a")))
+    script.train(script.Args(**args, runs_dir=str(tmp_path / "b")))
+    a, b = (torch.load(next((tmp_path / n).iterdir()) / "checkpoint.pt", weights_only=True) for n in "ab")
+    assert not torch.equal(a["critic"]["layers.0.weight"], b["critic"]["layers.0.weight"])
 
 
 # --- the two-parameter game of Appendix A.2 --------------------------------------------------------
 
 
-def flow(repulsion, start, real, steps, lr=0.5):
+def flow(lam, start, real, steps, lr=0.5):
     """Gradient flow of G(z) = w1 z, D(x) = w2 x^2, sigma = 0.5, on quantiles in the place of samples."""
     n = len(real)
     z = (torch.arange(n, dtype=torch.float64) + 0.5) / n * 2 - 1
@@ -250,7 +300,7 @@ def flow(repulsion, start, real, steps, lr=0.5):
     for _ in range(steps):
         x, y = (w2 * real**2)[:, None], (w2 * (w1 * z) ** 2)[:, None]
         gram = kernels.gram_blocks(x, y, "rbf", (0.5,))
-        (g2,) = torch.autograd.grad(script.critic_loss(*gram, repulsion), w2, retain_graph=True)
+        (g2,) = torch.autograd.grad(script.critic_loss(*gram, lam), w2, retain_graph=True)
         (g1,) = torch.autograd.grad(script.generator_loss(*gram), w1)
         w1, w2 = (w1 - lr * g1).detach().requires_grad_(), (w2 - lr * g2).detach().requires_grad_()
     return w1.item(), w2.item()
