@@ -265,7 +265,8 @@ def train(args: Args) -> dict[str, float]:
 
     # Run folder
     folder = run.make_folder(args, SCRIPT, rank)
-    writer = run.make_writer(folder, args, step, rank)
+    ae_left = 3 * args.ae_steps - int(autoencoder.updates) if args.autoencoder else 0
+    writer = run.make_writer(folder, args, step - ae_left, rank)  # the auto-encoder's steps end at 0
     first_bad = torch.zeros(len(LOSSES), dtype=torch.int64, device=device)  # first step not finite
     metrics = {}
 
@@ -327,7 +328,7 @@ def train(args: Args) -> dict[str, float]:
         ae_optimizer.step()
         autoencoder.updates += 1
         if args.log_every and update % args.log_every == 0:
-            writer.add_scalar("losses/autoencoder", ae_loss, update)
+            writer.add_scalar("losses/autoencoder", ae_loss, update - ae_total)
         stopping = run.stop_asked(update)
         if (args.save_every and update % args.save_every == 0) or update == ae_total or stopping:
             save()

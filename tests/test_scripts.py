@@ -201,6 +201,8 @@ def test_resume_within_the_auto_encoder(tmp_path, monkeypatch):
     assert checkpoint(part)["autoencoder"]["updates"] == 5
     train("gmmn", "--resume", str(part), runs=tmp_path / "b")
     assert same(checkpoint(whole), checkpoint(part))
+    assert curves(part) == curves(whole)
+    assert [step for step, _ in curves(whole)["losses/autoencoder"]] == list(range(-8, 1))
 
 
 @pytest.mark.parametrize(
