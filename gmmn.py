@@ -228,6 +228,25 @@ def draw_picture(path: Path, fake: Tensor, data: datasets.Batches) -> None:
 # --- training --------------------------------------------------------------------------------------
 
 
+def update_autoencoder(
+    autoencoder: Autoencoder, optimizer: torch.optim.SGD, real: Tensor, update: int, ae_steps: int
+) -> Tensor:
+    """Make update 1, 2, ...: ae_steps for each layer, then for the whole auto-encoder; return its loss."""
+    phase, since = divmod(update - 1, ae_steps)
+    if since == 0:
+        optimizer.state.clear()
+    momentum = 0.5 if phase < 2 else 0.0 if since < 50 else 0.5 if since < 200 else 0.9
+    optimizer.param_groups[0]["momentum"] = momentum
+    loss = layer_loss(autoencoder, real, phase) if phase < 2 else autoencoder_loss(autoencoder, real)
+    optimizer.zero_grad()
+    loss.backward()
+    kernels.average_gradients(autoencoder)
+    nn.utils.clip_grad_norm_(autoencoder.parameters(), 10.0)
+    optimizer.step()
+    autoencoder.updates += 1
+    return loss.detach()
+
+
 def train(args: Args) -> dict[str, float]:
     """Train, evaluate and save; return the final metrics."""
     # Set-up: nothing is written before all that can be wrong with the input has been found.
@@ -315,18 +334,7 @@ def train(args: Args) -> dict[str, float]:
     for update in range(int(autoencoder.updates) + 1 if args.autoencoder else 1, ae_total + 1):
         torch.manual_seed(run.mix(args.seed, 2, update, rank))
         real = data.batch(update - 1)[: max(1, AE_BATCH // world_size)]
-        phase, since = divmod(update - 1, args.ae_steps)
-        if since == 0:
-            ae_optimizer.state.clear()
-        momentum = 0.5 if phase < 2 else 0.0 if since < 50 else 0.5 if since < 200 else 0.9
-        ae_optimizer.param_groups[0]["momentum"] = momentum
-        ae_loss = layer_loss(autoencoder, real, phase) if phase < 2 else autoencoder_loss(autoencoder, real)
-        ae_optimizer.zero_grad()
-        ae_loss.backward()
-        kernels.average_gradients(autoencoder)
-        nn.utils.clip_grad_norm_(autoencoder.parameters(), 10.0)
-        ae_optimizer.step()
-        autoencoder.updates += 1
+        ae_loss = update_autoencoder(autoencoder, ae_optimizer, real, update, args.ae_steps)
         if args.log_every and update % args.log_every == 0:
             writer.add_scalar("losses/autoencoder", ae_loss, update - ae_total)
         stopping = run.stop_asked(update)

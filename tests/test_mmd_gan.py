@@ -120,7 +120,7 @@ def test_default_kernels_and_critic_loss_of_one_step(tmp_path, monkeypatch, kern
 
     monkeypatch.setattr(kernels, "gram_blocks", spy_blocks)
     monkeypatch.setattr(script, "critic_loss", spy_loss)
-    train(tmp_path, kernel=kernel, total_steps=1, batch_size=8, lambda_rank=16.0)
+    train(tmp_path, dataset="digits", kernel=kernel, total_steps=1, batch_size=8, lambda_rank=16.0)
     x, y, (name, values) = seen["features"]
     mmd, hinge, _, lambda_rank, lambda_ae = seen["terms"]
     assert (name, values, lambda_rank, lambda_ae) == (kernel, bandwidths, 16, 8)

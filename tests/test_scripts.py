@@ -102,11 +102,11 @@ FLOORS = {
     ("mmd_gan", "gamn"): 85,
     ("mmd_gan", "smmd_gan"): 72,
     ("gamn", "smmd_gan"): 75,
-    ("mmd_gan_repulsive", "gram_net"): 84,
-    ("mmd_gan_repulsive", "mmd_gan"): 72,
-    ("mmd_gan_repulsive", "gamn"): 73,
-    ("mmd_gan_repulsive", "smmd_gan"): 69,
-    ("gmmn", "mmd_gan_repulsive"): 66,
+    ("mmd_gan_repulsive", "gram_net"): 81,
+    ("mmd_gan_repulsive", "mmd_gan"): 70,
+    ("mmd_gan_repulsive", "gamn"): 72,
+    ("mmd_gan_repulsive", "smmd_gan"): 68,
+    ("gmmn", "mmd_gan_repulsive"): 65,
     ("gmmn", "mmd_gan"): 60,
 }
 
