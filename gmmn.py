@@ -115,7 +115,7 @@ DEFAULTS = {
 }  # fmt: skip
 AE_BATCH = 100  # real images per update of the auto-encoder
 VALUE_RANGE = (0.0, 1.0)
-LOSSES = ("generator",)
+LOSSES = ("generator", "autoencoder")
 SCRIPT = Path(__file__).stem
 
 # --- networks --------------------------------------------------------------------------------------
@@ -330,11 +330,13 @@ def train(args: Args) -> dict[str, float]:
         save()  # from here on there is always something to resume from
 
     # The auto-encoder comes before the generator: layer by layer, then as a whole.
-    ae_total = 3 * args.ae_steps if args.autoencoder else 0
+    ae_total, ae_loss = 3 * args.ae_steps if args.autoencoder else 0, torch.zeros((), device=device)
     for update in range(int(autoencoder.updates) + 1 if args.autoencoder else 1, ae_total + 1):
         torch.manual_seed(run.mix(args.seed, 2, update, rank))
         real = data.batch(update - 1)[: max(1, AE_BATCH // world_size)]
         ae_loss = update_autoencoder(autoencoder, ae_optimizer, real, update, args.ae_steps)
+        bad = ~torch.stack([torch.zeros_like(ae_loss), ae_loss]).isfinite()
+        first_bad = torch.where(bad & (first_bad == 0), update, first_bad)
         if args.log_every and update % args.log_every == 0:
             writer.add_scalar("losses/autoencoder", ae_loss, update - ae_total)
         stopping = run.stop_asked(update)
@@ -371,7 +373,7 @@ def train(args: Args) -> dict[str, float]:
 
         if args.ema_decay:
             models["ema"].update_parameters(generator)
-        bad = ~torch.stack([g_loss.detach()]).isfinite()
+        bad = ~torch.stack([g_loss.detach(), ae_loss]).isfinite()
         first_bad = torch.where(bad & (first_bad == 0), step, first_bad)
         progress.update()
 

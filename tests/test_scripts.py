@@ -231,6 +231,28 @@ def test_nan_ends_the_run_and_never_enters_a_checkpoint(script, tmp_path, monkey
     assert all(t.isfinite().all() for t in torch.utils._pytree.tree_leaves(state) if hasattr(t, "isfinite"))
 
 
+def test_nan_in_the_auto_encoder_is_named(tmp_path, monkeypatch):
+    batch = datasets.Images.batch
+    monkeypatch.setattr(
+        datasets.Images, "batch", lambda self, i: batch(self, i) * (math.nan if i == 2 else 1)
+    )
+    monkeypatch.setattr(
+        torch.nn.functional, "binary_cross_entropy", lambda x, y, reduction: ((x - y) ** 2).sum()
+    )
+    with pytest.raises(run.Failed, match="the autoencoder loss was not finite at step 3"):
+        train(
+            "gmmn",
+            "--autoencoder",
+            "--ae-steps",
+            "2",
+            "--total-steps",
+            "2",
+            "--eval-every",
+            "0",
+            runs=tmp_path,
+        )
+
+
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     model = torch.nn.Linear(1, 1)
     model.weight.data.fill_(math.inf)
