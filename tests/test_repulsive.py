@@ -317,12 +317,14 @@ def test_repulsive_game_ends_at_its_equilibrium():
         assert (w1, w2) == pytest.approx((1.5536, 0.3071), abs=0.02)
 
 
+@pytest.mark.slow
 def test_attractive_game_ends_elsewhere():
     """(1.4839, 0.7959) by quadrature, slow in w2. The paper reports (1.55, 0.74)."""
     w1, w2 = flow(-1.0, (1.5, 0.85), normal_quantiles(150), steps=300)
     assert (w1, w2) == pytest.approx((1.4839, 0.7959), abs=0.03)
 
 
+@pytest.mark.slow
 def test_repulsive_game_has_a_trivial_solution():
     """For U(-1, 1), from (2, 0.5) the critic dies; from (0.5, 0.5) w1 becomes 1, and w2 stays away from 0."""
     uniform = (torch.arange(100, dtype=torch.float64) + 0.5) / 50 - 1

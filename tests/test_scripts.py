@@ -276,6 +276,7 @@ def test_eval_only(script, tmp_path):
         assert samples["samples"].shape == (32, 1, 8, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_seed_decides_everything(script, tmp_path):
     states = [
