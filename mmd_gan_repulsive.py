@@ -17,7 +17,8 @@ Published (Table 1, CIFAR-10, best of 16 pairs of learning rates): MMD-rep FID 1
 Deviations from the paper [P] and from the authors' code [C]:
   1. Gain per layer 64^(1/K) for K layers: [C] and Table S3. [P]'s main text: --sn-gain 1.818.
   2. The norm is taken after the step of power iteration and not before it, and its vector starts
-     normalised, after 20 steps; in [C] it starts unnormalised, which divides the first weights by up to 159.
+     normalised, after 20 steps; in [C] it starts unnormalised, which divides the first weights by up to 159
+     (318 at 64x64).
   3. rbf-b for every lambda: a pair that the critic pushes apart has its d2 bounded above, one that it
      pulls together below. This is Eq. (6) at -1 and Eq. (7) at 1; between 0 and 1 [P] has no rule, and
      [C] leaves the cross term unbounded.
@@ -25,7 +26,8 @@ Deviations from the paper [P] and from the authors' code [C]:
   5. Linear first layer of the generator for every image size: [P]; [C] has batch norm there at 48x48.
   6. Networks by levels for images of other sizes than 32, 48 and 64, and MLPs for toys: ours.
   7. --lambda-gp: [C] has the penalty but never calls it; the square of the norm is [C]'s, where Eq. (S8)
-     prints the norm. As in Appendix D.1 with --spectral-norm none --feature-dim 1.
+     prints the norm. As in Appendix D.1 with --spectral-norm none --feature-dim 1. 1 is taken off
+     for rbf-b too, where [C] leaves it out.
   8. --spectral-norm pim has the same gain as pico; [P] gives none for it.
   9. Simultaneous updates of both players from one forward pass: [C]; [P] says n_dis = 1.
 
