@@ -41,7 +41,6 @@ Usage:
 # --- imports ---------------------------------------------------------------------------------------
 
 import copy
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +128,17 @@ VALUE_RANGE = (-1.0, 1.0)
 LEAST = {"lambda_reg": 0, "gp_target": 0, "data_mmd_weight": 0, "n_generator": 1}  # bounds of the above
 LOSSES = ("critic", "generator")
 SCRIPT = Path(__file__).stem
+
+
+def resolve(args: Args) -> Args:
+    """Return args with its data set's values where None stands; BadInput if they make no run."""
+    defaults = DEFAULTS["images"], DEFAULTS.get(datasets.kind(args.dataset), {})
+    toy = args.dataset in datasets.TOYS
+    method = {"lambda_reg": 1e-3 if args.regularizer != "gp" else 0.1 if toy else 10.0}
+    bandwidths = (0.05, 0.1, 0.2, 0.5, 1.0) if toy else (1.0, 2.0, 4.0, 8.0, 16.0)
+    bandwidths = (0.2, 0.5, 1.0, 2.0, 5.0) if args.kernel == "rq" else bandwidths
+    return run.resolve(args, *defaults, method, {"bandwidths": bandwidths}, least=LEAST)
+
 
 # --- networks --------------------------------------------------------------------------------------
 
@@ -269,24 +279,10 @@ def critic_steps(step: int, args: Args) -> int:
     return 0 if (step - 1) % args.n_generator else args.n_critic
 
 
-def batches_before(step: int, args: Args) -> int:
-    """Return how many batches all updates before step draw: the sum of critic_steps + 1 over them."""
-    done = step - 1
-    return done + args.n_critic * -(-done // args.n_generator)
-
-
 def train(args: Args) -> dict[str, float]:
     """Train, evaluate and save; return the final metrics."""
     # Set-up: nothing is written before all that can be wrong with the input has been found.
-    defaults = DEFAULTS["images"], DEFAULTS.get(datasets.kind(args.dataset), {})
-    toy, gp = args.dataset in datasets.TOYS, args.regularizer == "gp"
-    method = {"lambda_reg": (0.1 if toy else 10.0) if gp else 1e-3}
-    sigmas = (0.05, 0.1, 0.2, 0.5, 1.0) if args.dataset in datasets.TOYS else (1.0, 2.0, 4.0, 8.0, 16.0)
-    bandwidths = {"rq": (0.2, 0.5, 1.0, 2.0, 5.0)}.get(args.kernel, sigmas)
-    args = run.resolve(args, *defaults, method, {"bandwidths": bandwidths})
-    for name, least in LEAST.items():
-        value = getattr(args, name)
-        run.require(value >= least, f"--{name.replace('_', '-')}", value, f"at least {least}")
+    args = resolve(args)
     device, rank, world_size = run.start(args.device)
     data = datasets.load(args, "train", VALUE_RANGE, device, rank, world_size)
     evaluator = evaluation.Evaluator(args, data) if args.eval_every or args.eval_only else None
@@ -305,8 +301,7 @@ def train(args: Args) -> dict[str, float]:
     step = run.load_checkpoint(args, SCRIPT, models)  # 0 without --resume
     if args.compile:
         generator.compile()
-        if not gp:  # which needs a double backward
-            critic.compile()
+        critic.compile(disable=args.regularizer == "gp")  # its gradient is differentiated again
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     # Run folder
@@ -333,11 +328,7 @@ def train(args: Args) -> dict[str, float]:
         metrics.update(evaluator.metrics(sample))
         for name, value in metrics.items():
             writer.add_scalar(f"eval/{name}", value, step)
-        protocol = evaluator.protocol | {"batch_norm": args.sample_bn, "ema_decay": args.ema_decay}
-        results = {"step": step, "metrics": metrics, "protocol": protocol}
-        if rank == 0:
-            (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-            tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        run.save_results(folder, step, metrics, evaluator.protocol, rank)
 
     def picture() -> None:
         if rank == 0:
@@ -353,14 +344,13 @@ def train(args: Args) -> dict[str, float]:
         return metrics
     if step == 0:
         save()  # from here on there is always something to resume from
-    c_loss = reg = torch.zeros((), device=device)  # until the next round of the critic
+    drawn = sum(critic_steps(i, args) + 1 for i in range(1, step + 1))  # batches
+    c_loss = torch.zeros((), device=device)  # until the mapper's next round
     begin, begin_step = time.time(), step
     progress = tqdm(total=args.total_steps, initial=step, disable=None if rank == 0 else True)
 
     for step in range(step + 1, args.total_steps + 1):
         torch.manual_seed(run.mix(args.seed, 0, step, rank))  # whatever is random depends on the step alone
-        drawn = batches_before(step, args)
-
         # Critic: several updates, each with a batch of its own.
         for _ in range(critic_steps(step, args)):
             real = data.batch(drawn)
@@ -382,6 +372,7 @@ def train(args: Args) -> dict[str, float]:
 
         # Generator: one update, with a new batch.
         real = data.batch(drawn)
+        drawn += 1
         noise = draw_noise(len(real), args, device)
         with autocast:
             fake = generator(noise)
@@ -409,10 +400,11 @@ def train(args: Args) -> dict[str, float]:
 
         if due(args.log_every):
             run.check_finite(LOSSES, first_bad)
+            if critic_steps(step, args) == 0:  # the mapper rests: its loss as it is now
+                reg = regularization(critic, real, fake.detach().float(), args)
+                c_loss = critic_loss(mmd, reg, args.lambda_reg)
             scalars = {"losses/critic": c_loss, "losses/generator": g_loss}
             scalars |= {"losses/mmd": mmd, "losses/regularization": reg, "losses/data_mmd": data_mmd}
-            if critic_steps(step, args) == 0:  # nothing new, and after a resume nothing at all
-                del scalars["losses/critic"], scalars["losses/regularization"]
             scalars |= {"kernel/k_xx": k_xx.mean(), "kernel/k_xy": k_xy.mean(), "kernel/k_yy": k_yy.mean()}
             scalars |= {"charts/steps_per_second": (step - begin_step) / (time.time() - begin)}
             for tag, value in scalars.items():

@@ -33,7 +33,6 @@ Usage:
 # --- imports ---------------------------------------------------------------------------------------
 
 import copy
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -117,6 +116,17 @@ AE_BATCH = 100  # real images per update of the auto-encoder
 VALUE_RANGE = (0.0, 1.0)
 LOSSES = ("generator", "autoencoder")
 SCRIPT = Path(__file__).stem
+
+
+def resolve(args: Args) -> Args:
+    """Return args with its data set's values where None stands; BadInput if they make no run."""
+    defaults = DEFAULTS["images"], DEFAULTS.get(datasets.kind(args.dataset), {})
+    rq = {"bandwidths": (0.2, 0.5, 1.0, 2.0, 5.0)} if args.kernel == "rq" else {}
+    code = {"bandwidths": (1.0,)} if args.autoencoder and args.kernel == "rbf" else {}  # [C]: one kernel
+    toy = args.dataset in datasets.TOYS
+    run.require(not (args.autoencoder and toy), "--autoencoder", "on", "left out for a data set of points")
+    return run.resolve(args, *defaults, rq, code, least={"width": 16})  # the first layer is a 16th of it
+
 
 # --- networks --------------------------------------------------------------------------------------
 
@@ -250,13 +260,7 @@ def update_autoencoder(
 def train(args: Args) -> dict[str, float]:
     """Train, evaluate and save; return the final metrics."""
     # Set-up: nothing is written before all that can be wrong with the input has been found.
-    defaults = DEFAULTS["images"], DEFAULTS.get(datasets.kind(args.dataset), {})
-    rq = {"bandwidths": (0.2, 0.5, 1.0, 2.0, 5.0)} if args.kernel == "rq" else {}
-    code = {"bandwidths": (1.0,)} if args.autoencoder and args.kernel == "rbf" else {}  # [C]: one kernel
-    args = run.resolve(args, *defaults, rq, code)
-    toy = args.dataset in datasets.TOYS
-    run.require(not (args.autoencoder and toy), "--autoencoder", "on", "left out for a data set of points")
-    run.require(args.width >= 16, "--width", args.width, "at least 16: the first layer is a 16th of it")
+    args = resolve(args)
     device, rank, world_size = run.start(args.device)
     data = datasets.load(args, "train", VALUE_RANGE, device, rank, world_size)
     evaluator = evaluation.Evaluator(args, data) if args.eval_every or args.eval_only else None
@@ -264,7 +268,7 @@ def train(args: Args) -> dict[str, float]:
     # Models; the seed makes every process start from the same weights.
     torch.manual_seed(args.seed)
     code_shape = (args.feature_dim,) if args.autoencoder else data.shape
-    generator = Generator(code_shape, args.latent_dim, args.width, toy).to(device)
+    generator = Generator(code_shape, args.latent_dim, args.width, args.dataset in datasets.TOYS).to(device)
     if args.optimizer == "sgd":
         g_optimizer = torch.optim.SGD(generator.parameters(), args.learning_rate, args.momentum)
     else:
@@ -308,11 +312,7 @@ def train(args: Args) -> dict[str, float]:
         metrics.update(evaluator.metrics(sample))
         for name, value in metrics.items():
             writer.add_scalar(f"eval/{name}", value, step)
-        protocol = evaluator.protocol | {"batch_norm": args.sample_bn, "ema_decay": args.ema_decay}
-        results = {"step": step, "metrics": metrics, "protocol": protocol}
-        if rank == 0:
-            (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-            tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        run.save_results(folder, step, metrics, evaluator.protocol, rank)
 
     def picture() -> None:
         if rank == 0:

@@ -45,7 +45,6 @@ Usage:
 # --- imports ---------------------------------------------------------------------------------------
 
 import copy
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +133,14 @@ DEFAULTS = {
 VALUE_RANGE = (-1.0, 1.0)
 LOSSES = ("critic", "generator")
 SCRIPT = Path(__file__).stem
+
+
+def resolve(args: Args) -> Args:
+    """Return args with its data set's values where None stands; BadInput if they make no run."""
+    defaults = DEFAULTS["images"], DEFAULTS.get(datasets.kind(args.dataset), {})
+    run.require(not args.as_coded or args.positivity == "sum", "--positivity", "clip", "left out: --as-coded")
+    return run.resolve(args, *defaults, least={"ridge": 0, "positivity_weight": 0})
+
 
 # --- networks --------------------------------------------------------------------------------------
 
@@ -301,11 +308,7 @@ def draw_picture(path: Path, fake: Tensor, data: datasets.Batches, critic: nn.Mo
 def train(args: Args) -> dict[str, float]:
     """Train, evaluate and save; return the final metrics."""
     # Set-up: nothing is written before all that can be wrong with the input has been found.
-    defaults = DEFAULTS["images"], DEFAULTS.get(datasets.kind(args.dataset), {})
-    args = run.resolve(args, *defaults)
-    run.require(args.ridge >= 0, "--ridge", args.ridge, "at least 0")
-    run.require(args.positivity_weight >= 0, "--positivity-weight", args.positivity_weight, "at least 0")
-    run.require(not args.as_coded or args.positivity == "sum", "--positivity", "clip", "left out: --as-coded")
+    args = resolve(args)
     device, rank, world_size = run.start(args.device)
     data = datasets.load(args, "train", VALUE_RANGE, device, rank, world_size)
     evaluator = evaluation.Evaluator(args, data) if args.eval_every or args.eval_only else None
@@ -359,11 +362,7 @@ def train(args: Args) -> dict[str, float]:
         metrics.update(evaluator.metrics(sample))
         for name, value in metrics.items():
             writer.add_scalar(f"eval/{name}", value, step)
-        protocol = evaluator.protocol | {"batch_norm": args.sample_bn, "ema_decay": args.ema_decay}
-        results = {"step": step, "metrics": metrics, "protocol": protocol}
-        if rank == 0:
-            (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-            tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        run.save_results(folder, step, metrics, evaluator.protocol, rank)
 
     def picture() -> None:
         if rank == 0:

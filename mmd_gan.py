@@ -47,7 +47,6 @@ Usage:
 # --- imports ---------------------------------------------------------------------------------------
 
 import copy
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +135,19 @@ VALUE_RANGE = (-1.0, 1.0)
 LEAST = {"lambda_ae": 0, "lambda_rank": 0, "clip": 0, "warmup_critic": 1}  # bounds of the above
 LOSSES = ("critic", "generator")
 SCRIPT = Path(__file__).stem
+
+
+def resolve(args: Args) -> Args:
+    """Return args with its data set's values where None stands; BadInput if they make no run."""
+    defaults = DEFAULTS["images"], DEFAULTS.get(datasets.kind(args.dataset), {})
+    toy, gram = args.dataset in datasets.TOYS, args.architecture == "gram"
+    method = {"width": 32} if gram else {}  # Deviation 7
+    bandwidths = (0.05, 0.1, 0.2, 0.5, 1.0) if toy else (1.0, 2.0, 4.0, 8.0, 16.0)
+    bandwidths = (0.2, 0.5, 1.0, 2.0, 5.0) if args.kernel == "rq" else bandwidths
+    run.require(not (gram and toy), "--architecture", args.architecture, "li for a data set of points")
+    run.require(gram or not args.weak_critic, "--weak-critic", "on", "given with --architecture gram")
+    return run.resolve(args, *defaults, method, {"bandwidths": bandwidths}, least=LEAST)
+
 
 # --- networks --------------------------------------------------------------------------------------
 
@@ -273,27 +285,10 @@ def critic_steps(step: int, args: Args) -> int:
     return args.warmup_critic if done < 25 or done % 500 == 0 else args.n_critic
 
 
-def batches_before(step: int, args: Args) -> int:
-    """Return how many batches all updates before step draw: the sum of critic_steps + 1 over them."""
-    done = step - 1
-    bursts = min(done, 25) + max(0, done - 1) // 500  # Deviation 3
-    return done * (args.n_critic + 1) + bursts * (args.warmup_critic - args.n_critic)
-
-
 def train(args: Args) -> dict[str, float]:
     """Train, evaluate and save; return the final metrics."""
     # Set-up: nothing is written before all that can be wrong with the input has been found.
-    defaults = DEFAULTS["images"], DEFAULTS.get(datasets.kind(args.dataset), {})
-    toy, gram = args.dataset in datasets.TOYS, args.architecture == "gram"
-    method = {"width": 32} if gram else {}  # Deviation 7
-    sigmas = (0.05, 0.1, 0.2, 0.5, 1.0) if args.dataset in datasets.TOYS else (1.0, 2.0, 4.0, 8.0, 16.0)
-    bandwidths = {"rq": (0.2, 0.5, 1.0, 2.0, 5.0)}.get(args.kernel, sigmas)
-    args = run.resolve(args, *defaults, method, {"bandwidths": bandwidths})
-    for name, least in LEAST.items():
-        value = getattr(args, name)
-        run.require(value >= least, f"--{name.replace('_', '-')}", value, f"at least {least}")
-    run.require(not (gram and toy), "--architecture", args.architecture, "li for a data set of points")
-    run.require(gram or not args.weak_critic, "--weak-critic", "on", "given with --architecture gram")
+    args = resolve(args)
     device, rank, world_size = run.start(args.device)
     data = datasets.load(args, "train", VALUE_RANGE, device, rank, world_size)
     evaluator = evaluation.Evaluator(args, data) if args.eval_every or args.eval_only else None
@@ -301,6 +296,7 @@ def train(args: Args) -> dict[str, float]:
     # Models; the seed makes every process start from the same weights.
     torch.manual_seed(args.seed)
     generator = Generator(data.shape, args.latent_dim, args.width).to(device)
+    gram = args.architecture == "gram"
     critic = Critic(data.shape, args.feature_dim, args.width, gram, args.weak_critic).to(device)
     decoder = Decoder(data.shape, args.feature_dim, args.width) if args.lambda_ae else nn.Identity()
     c_parameters = [*critic.parameters(), *decoder.to(device).parameters()]
@@ -343,11 +339,7 @@ def train(args: Args) -> dict[str, float]:
         metrics.update(evaluator.metrics(sample))
         for name, value in metrics.items():
             writer.add_scalar(f"eval/{name}", value, step)
-        protocol = evaluator.protocol | {"batch_norm": args.sample_bn, "ema_decay": args.ema_decay}
-        results = {"step": step, "metrics": metrics, "protocol": protocol}
-        if rank == 0:
-            (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-            tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        run.save_results(folder, step, metrics, evaluator.protocol, rank)
 
     def picture() -> None:
         if rank == 0:
@@ -363,13 +355,12 @@ def train(args: Args) -> dict[str, float]:
         return metrics
     if step == 0:
         save()  # from here on there is always something to resume from
+    drawn = sum(critic_steps(i, args) + 1 for i in range(1, step + 1))  # batches
     begin, begin_step = time.time(), step
     progress = tqdm(total=args.total_steps, initial=step, disable=None if rank == 0 else True)
 
     for step in range(step + 1, args.total_steps + 1):
         torch.manual_seed(run.mix(args.seed, 0, step, rank))  # whatever is random depends on the step alone
-        drawn = batches_before(step, args)
-
         # Critic: several updates, each with a batch of its own.
         for _ in range(critic_steps(step, args)):
             clip_parameters(critic, args.clip)
@@ -394,6 +385,7 @@ def train(args: Args) -> dict[str, float]:
 
         # Generator: one update, with a new batch.
         real = data.batch(drawn)
+        drawn += 1
         noise = draw_noise(len(real), args, device)
         with autocast:
             fake = generator(noise)

@@ -41,7 +41,6 @@ Usage:
 # --- imports ---------------------------------------------------------------------------------------
 
 import copy
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,8 +110,7 @@ DEFAULTS = {
     "images": dict(
         image_size=64, total_steps=100_000, batch_size=64, width=64, feature_dim=16, latent_dim=128,
         learning_rate=2e-4, critic_learning_rate=1e-4, eval_every=12_500, eval_features="inception",
-        eval_split="train", sample_bn="running",
-    ),
+        eval_split="train", sample_bn="running"),
     "cifar10": dict(image_size=32, critic_learning_rate=5e-4),
     "mnist": dict(image_size=28, critic_learning_rate=5e-4, eval_features="pixels"),  # ours
     "digits": dict(image_size=8, total_steps=2000, width=32, eval_every=500, eval_features="pixels"),  # ours
@@ -121,6 +119,19 @@ DEFAULTS = {
 VALUE_RANGE = (-1.0, 1.0)
 LOSSES = ("critic", "generator")
 SCRIPT = Path(__file__).stem
+
+
+def resolve(args: Args) -> Args:
+    """Return args with its data set's values where None stands; BadInput if they make no run."""
+    defaults = DEFAULTS["images"], DEFAULTS.get(datasets.kind(args.dataset), {})
+    bandwidths = (0.2, 0.5, 1.0, 2.0, 5.0) if args.kernel == "rq" else (1.0,)
+    dim = {} if args.loss == "mmd" else {"feature_dim": 1}
+    ok = args.loss == "mmd" or (args.feature_dim in (None, 1) and args.lambda_gp == 0)
+    run.require(ok, "--loss", args.loss, "mmd where --feature-dim or --lambda-gp is given")
+    args = run.resolve(args, *defaults, dim, {"bandwidths": bandwidths}, least={"lambda_gp": 0})
+    depth = 4 if args.dataset in datasets.TOYS else 2 * levels(args.image_size) + 2  # K
+    return run.resolve(args, {"sn_gain": 64 ** (1 / depth)})  # Deviation 1
+
 
 # --- networks --------------------------------------------------------------------------------------
 
@@ -266,8 +277,7 @@ def losses(real_feat: Tensor, fake_feat: Tensor, args: Args) -> tuple[Tensor, Te
     if args.loss == "hinge":
         return F.relu(1 - real_feat).mean() + F.relu(1 + fake_feat).mean(), -fake_feat.mean(), {}
     if args.loss == "non-saturating":
-        c_loss = F.softplus(-real_feat).mean() + F.softplus(fake_feat).mean()
-        return c_loss, F.softplus(-fake_feat).mean(), {}
+        return F.softplus(-real_feat).mean() + F.softplus(fake_feat).mean(), F.softplus(-fake_feat).mean(), {}
     kernel = kernels.RADIAL[args.kernel.removesuffix("-b")]
     d2 = kernels.squared_distance_blocks(real_feat, fake_feat)
     gram = [kernel(block, args.bandwidths) for block in d2]  # k_xx, k_xy, k_yy
@@ -307,21 +317,13 @@ def draw_picture(path: Path, fake: Tensor, data: datasets.Batches) -> None:
 def train(args: Args) -> dict[str, float]:
     """Train, evaluate and save; return the final metrics."""
     # Set-up: nothing is written before all that can be wrong with the input has been found.
-    defaults = DEFAULTS["images"], DEFAULTS.get(datasets.kind(args.dataset), {})
-    bandwidths = (0.2, 0.5, 1.0, 2.0, 5.0) if args.kernel == "rq" else (1.0,)
-    dim = {} if args.loss == "mmd" else {"feature_dim": 1}
-    args = run.resolve(args, *defaults, dim, {"bandwidths": bandwidths})
-    run.require(args.feature_dim == 1 or not dim, "--feature-dim", args.feature_dim, "1 with this --loss")
-    run.require(abs(args.lam) < float("inf"), "--lam", args.lam, "a finite number")
-    run.require(args.lambda_gp >= 0 and not (args.lambda_gp and dim), "--lambda-gp", args.lambda_gp, "0 here")
+    args = resolve(args)
     device, rank, world_size = run.start(args.device)
     data = datasets.load(args, "train", VALUE_RANGE, device, rank, world_size)
     evaluator = evaluation.Evaluator(args, data) if args.eval_every or args.eval_only else None
 
     # Models; the seed makes every process start from the same weights.
     torch.manual_seed(args.seed)
-    depth = 4 if len(data.shape) == 1 else 2 * levels(data.shape[1]) + 2  # K
-    args = run.resolve(args, {"sn_gain": 64 ** (1 / depth)})  # Deviation 1
     generator = Generator(data.shape, args.latent_dim, args.width).to(device)
     critic = Critic(data.shape, args.feature_dim, args.width, args.sn_gain, args.spectral_norm).to(device)
     g_optimizer = torch.optim.Adam(generator.parameters(), args.learning_rate, (args.beta1, args.beta2))
@@ -361,11 +363,7 @@ def train(args: Args) -> dict[str, float]:
         metrics.update(evaluator.metrics(sample))
         for name, value in metrics.items():
             writer.add_scalar(f"eval/{name}", value, step)
-        protocol = evaluator.protocol | {"batch_norm": args.sample_bn, "ema_decay": args.ema_decay}
-        results = {"step": step, "metrics": metrics, "protocol": protocol}
-        if rank == 0:
-            (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-            tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        run.save_results(folder, step, metrics, evaluator.protocol, rank)
 
     def picture() -> None:
         if rank == 0:

@@ -56,7 +56,6 @@ The second to the fifth are [P]'s models SMMD, SN-SMMD, MMD, SN-MMD; the last is
 # --- imports ---------------------------------------------------------------------------------------
 
 import copy
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +151,21 @@ LEAST = {"lambda_scale": 0, "lambda_gp": 0, "lambda_activation": 0, "clip_norm":
 VALUE_RANGE = (0.0, 1.0)
 LOSSES = ("critic", "generator")
 SCRIPT = Path(__file__).stem
+
+
+def resolve(args: Args) -> Args:
+    """Return args with its data set's values where None stands; BadInput if they make no run."""
+    defaults = DEFAULTS["images"], DEFAULTS.get(datasets.kind(args.dataset), {})
+    poster = {"lambda_scale": 1.0} if args.scale_form == "poster" else {}
+    args = run.resolve(args, {"lambda_scale": 10.0}, CONSTRAINTS[args.constraint], *defaults, poster)
+    bandwidths = (0.2, 0.5, 1.0, 2.0, 5.0) if args.kernel in ("rq", "rq-linear") else (1.0,)  # Deviation 5
+    values = {"bandwidths": bandwidths, "critic_learning_rate": args.learning_rate}
+    args = run.resolve(args, values, least=LEAST)
+    ok = args.constraint != "swgan" or (args.kernel, args.feature_dim) == ("linear", 1)
+    run.require(ok, "--constraint", "swgan", "without --kernel and --feature-dim, which are linear and 1")
+    run.require(not poster or args.kernel != "distance", "--kernel", "distance", "smooth in poster form")
+    return args
+
 
 # --- networks --------------------------------------------------------------------------------------
 
@@ -343,11 +357,6 @@ def activation_penalty(real_outputs: list[Tensor], fake_outputs: list[Tensor]) -
     return sum(kernels.at_least_float32(h).square().mean() for h in (*real_outputs, *fake_outputs))
 
 
-def critic_steps(step: int, args: Args) -> int:
-    """Return the number of critic updates before generator update step = 1, 2, ..."""
-    return args.warmup_critic if step <= 20 or step % 500 == 1 else args.n_critic
-
-
 def clip_each(module: nn.Module, clip_norm: float) -> None:
     """Scale down the gradient of each variable by itself to norm clip_norm at most; 0 does nothing."""
     for p in module.parameters() if clip_norm else ():
@@ -381,24 +390,18 @@ def draw_picture(path: Path, fake: Tensor, data: datasets.Batches) -> None:
 # --- training --------------------------------------------------------------------------------------
 
 
+def critic_steps(step: int, args: Args) -> int:
+    """Return the number of critic updates before generator update step = 1, 2, ..."""
+    done = step - 1
+    return args.warmup_critic if done < 20 or done % 500 == 0 else args.n_critic
+
+
 def train(args: Args) -> dict[str, float]:
     """Train, evaluate and save; return the final metrics."""
     # Set-up: nothing is written before all that can be wrong with the input has been found.
-    defaults = DEFAULTS["images"], DEFAULTS.get(datasets.kind(args.dataset), {})
-    poster = {"lambda_scale": 1.0} if args.scale_form == "poster" else {}
-    args = run.resolve(args, {"lambda_scale": 10.0}, CONSTRAINTS[args.constraint], *defaults, poster)
-    bandwidths = (0.2, 0.5, 1.0, 2.0, 5.0) if args.kernel in ("rq", "rq-linear") else (1.0,)  # Deviation 5
-    args = run.resolve(args, {"bandwidths": bandwidths, "critic_learning_rate": args.learning_rate})
-    swgan, penalised = args.constraint == "swgan", args.constraint == "gradient-penalty"
-    for name, least in LEAST.items():
-        value = getattr(args, name)
-        run.require(value >= least, f"--{name.replace('_', '-')}", value, f"at least {least}")
-    ok = not swgan or (args.kernel, args.feature_dim) == ("linear", 1)
-    run.require(ok, "--constraint", "swgan", "without --kernel and --feature-dim, which are linear and 1")
-    run.require(not poster or args.kernel != "distance", "--kernel", "distance", "smooth in poster form")
-    split = (defaults[0] | defaults[1])["eval_split"]  # all where there are test images: Deviation 12
-    run.require(args.eval_split in (split, "test"), "--eval-split", args.eval_split, f"{split} or test")
+    args = resolve(args)
     device, rank, world_size = run.start(args.device)
+    split = "all" if datasets.kind(args.dataset) in ("mnist", "cifar10") else "train"  # Deviation 12
     data = datasets.load(args, split, VALUE_RANGE, device, rank, world_size)
     evaluator = evaluation.Evaluator(args, data) if args.eval_every or args.eval_only else None
 
@@ -407,6 +410,7 @@ def train(args: Args) -> dict[str, float]:
     generator = Generator(data.shape, args.latent_dim, args.width).to(device)
     critic = Critic(data.shape, args.feature_dim, args.width).to(device)
     normalise(critic, args.critic_norm, args.sn_scale)
+    swgan, penalised = args.constraint == "swgan", args.constraint == "gradient-penalty"
     g_optimizer = torch.optim.Adam(generator.parameters(), args.learning_rate, (args.beta1, args.beta2))
     c_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, (args.beta1, args.beta2))
     models = {"generator": generator, "critic": critic}
@@ -443,11 +447,7 @@ def train(args: Args) -> dict[str, float]:
         metrics.update(evaluator.metrics(sample))
         for name, value in metrics.items():
             writer.add_scalar(f"eval/{name}", value, step)
-        protocol = evaluator.protocol | {"batch_norm": args.sample_bn, "ema_decay": args.ema_decay}
-        results = {"step": step, "metrics": metrics, "protocol": protocol}
-        if rank == 0:
-            (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-            tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        run.save_results(folder, step, metrics, evaluator.protocol, rank)
 
     def picture() -> None:
         if rank == 0:
@@ -480,9 +480,8 @@ def train(args: Args) -> dict[str, float]:
                 real_out, fake_out = critic(real), critic(fake)
                 real_feat, fake_feat = real_out[-1], fake_out[-1]
                 if penalised:
-                    mid = real.lerp(
-                        fake.float(), torch.rand(len(real), *[1] * len(data.shape), device=device)
-                    )
+                    u = torch.rand(len(real), *[1] * len(data.shape), device=device)
+                    mid = real.lerp(fake.float(), u)
                     mid_feat = critic(mid)[-1].float()
             sigma = scale(real_feat.float(), real, args, create_graph=True)
             real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())

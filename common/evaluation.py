@@ -36,9 +36,10 @@ class Evaluator:
             BadInput: no such split, fewer than 4 images, Inception weights that cannot be had.
         """
         self.data, self.extractor = data, None
+        sampling = {"batch_norm": args.sample_bn, "ema_decay": args.ema_decay}
         if data.name in datasets.TOYS:
             self.count = TOY_SAMPLES
-            self.protocol = {"samples": self.count, "mmd": "rbf, unbiased, data space"}
+            self.protocol = {"samples": self.count, "mmd": "rbf, unbiased, data space"} | sampling
             return
         images = data.images
         if args.eval_split != "train":
@@ -60,7 +61,7 @@ class Evaluator:
             "reference": f"{self.count} of {args.eval_split}",
             "kid": "unbiased, cubic kernel, 100 subsets of min(1000, n / 2)",
             "mmd": "rbf, unbiased",
-        }
+        } | sampling
 
     @torch.no_grad()
     def features(self, chunks: Iterable[Tensor]) -> Tensor:

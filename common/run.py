@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
 
 # What a resumed run may change; anything else would make it another run.
 MAY_CHANGE = {"total_steps", "log_every", "sample_every", "eval_every", "save_every", "device", "compile"}
@@ -80,17 +82,23 @@ def parse(args_class: type, argv: list[str] | None = None):
     return tyro.cli(args_class, args=argv, default=default)
 
 
-def resolve(args, *tables: dict):
-    """Return args with each None replaced from the tables (the last that has it), the run block checked."""
+def resolve(args, *tables: dict, least: dict[str, float] | None = None):
+    """Return args with each None replaced from the tables, of which the last that has it counts, and checked.
+
+    least: lower bounds of the script's own arguments, beside those that are the same in every script.
+    """
     values = {key: value for table in tables for key, value in table.items()}
     args = dataclasses.replace(args, **{k: v for k, v in values.items() if getattr(args, k) is None})
-    least = dict.fromkeys(("log_every", "sample_every", "eval_every", "save_every", "seed"), 0)
-    least |= dict.fromkeys(("total_steps", "batch_size", "width", "eval_samples", "image_size"), 1)
-    least |= dict.fromkeys(("latent_dim", "feature_dim", "n_critic", "ae_steps"), 1) | {"drop_step": 0}
-    for name, bound in least.items():
+    bounds = dict.fromkeys(("log_every", "sample_every", "eval_every", "save_every", "seed"), 0)
+    bounds |= dict.fromkeys(("total_steps", "batch_size", "width", "eval_samples", "image_size"), 1)
+    bounds |= dict.fromkeys(("latent_dim", "feature_dim", "n_critic", "ae_steps"), 1) | {"drop_step": 0}
+    for name, bound in (bounds | (least or {})).items():
         value = getattr(args, name, None)
         require(value is None or value >= bound, f"--{name.replace('_', '-')}", value, f"at least {bound}")
     require(args.seed < 2**63, "--seed", args.seed, "below 2^63")
+    for name, value in vars(args).items():
+        finite = not isinstance(value, float) or math.isfinite(value)
+        require(finite, f"--{name.replace('_', '-')}", value, "a finite number")
     for name in ("learning_rate", "critic_learning_rate", "bandwidths", "sn_gain"):
         value = getattr(args, name, None)
         values = value if isinstance(value, tuple) else (1.0 if value is None else value,)
@@ -206,6 +214,15 @@ def make_writer(folder: Path, args, step: int, rank: int):
     rows = [f"|{key}|{value}|" for key, value in dataclasses.asdict(args).items()]
     writer.add_text("arguments", "\n".join(["|argument|value|", "|-|-|", *rows]), step)
     return writer
+
+
+def save_results(folder: Path, step: int, metrics: dict, protocol: dict, rank: int) -> None:
+    """Print the metrics and write them with their protocol to folder/results.json."""
+    if rank > 0:
+        return
+    results = {"step": step, "metrics": metrics, "protocol": protocol}
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
 
 def save_checkpoint(folder: Path, args, script: str, step: int, models: dict, rank: int) -> None:

@@ -240,6 +240,7 @@ def test_a_standard_normal_sampler_of_8gaussians_is_of_low_quality():
 
 def arguments(**kwargs):
     defaults = dict(dataset="digits", data_dir=".", image_size=None, batch_size=4, seed=0)
+    defaults |= dict(sample_bn="running", ema_decay=0.0)
     defaults |= dict(eval_samples=5000, eval_features="pixels", eval_split="train", inception_weights=None)
     return SimpleNamespace(**defaults | kwargs)
 

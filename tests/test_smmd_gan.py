@@ -566,7 +566,6 @@ def test_defaults_by_constraint(tmp_path):
         ("--lambda-gp -1", "--lambda-gp"),
         ("--clip-norm -1", "--clip-norm"),
         ("--bandwidths 0", "--bandwidths"),
-        ("--eval-split all", "--eval-split"),
     ],
 )
 def test_bad_input_is_refused_before_a_folder_is_made(options, flag, tmp_path):
