@@ -229,7 +229,16 @@ def child(script, options):
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_any_moment(kills, tmp_path):
     """SIGKILL at random points of a real process, also within a save: nothing is lost, nothing differs."""
-    options = ["--total-steps", str(40 * kills), "--save-every", "1", "--eval-every", "0", "--sample-every", "40"]
+    options = [
+        "--total-steps",
+        str(40 * kills),
+        "--save-every",
+        "1",
+        "--eval-every",
+        "0",
+        "--sample-every",
+        "40",
+    ]
     whole = train("gmmn", *options, runs=tmp_path / "a")
     context, moments = multiprocessing.get_context("forkserver"), random.Random(kills)
     context.set_forkserver_preload(["gmmn"])
