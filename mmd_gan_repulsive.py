@@ -377,7 +377,7 @@ def train(args: Args) -> dict[str, float]:
     if args.eval_only:
         evaluate()
         picture()
-        np.savez(folder / "samples.npz", samples=torch.cat([*evaluator.samples(sample)]).cpu().numpy())
+        evaluator.save(folder / "samples.npz", sample)
         return metrics
     if step == 0:
         save()  # from here on there is always something to resume from

@@ -82,17 +82,18 @@ class Evaluator:
             }
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(images.device)
         chunks, path = order[:n].split(CHUNK), None
-        if self.weights:  # a name with a hash of all that the statistics depend on, the images included
+        if self.weights and self.rank == 0:  # a hash of all that the statistics depend on, images included
             key = hashlib.sha256(repr((self.protocol, data.shape, self.device.type)).encode())
             for chunk in chunks:
                 key.update(images[chunk].cpu().contiguous().numpy())
             name = f"{datasets.kind(data.name)}-{args.eval_split}-{n}-{key.hexdigest()[:16]}.npz"
             path = Path(args.data_dir, "evaluation", name)
-        self.reference = read_reference(path) if path and self.rank == 0 else None  # the first alone has it
+        self.reference = read_reference(path) if path else None  # used by the first process alone
         if not from_first(lambda: self.reference is not None):
             features = self.features(lambda i: images[chunks[i]])[0]
-            self.reference = {"features": features} | statistics(features) if self.rank == 0 else None
-            if path and self.rank == 0:
+            if self.rank == 0:
+                self.reference = {"features": features} | statistics(features)
+            if path:
                 write_reference(path, self.reference)
 
     @torch.no_grad()
@@ -114,12 +115,17 @@ class Evaluator:
         return [torch.cat(parts)[: self.count] for parts in zip(*found)]
 
     def samples(self, sample: Callable[[int, int], Tensor]) -> Iterable[Tensor]:
-        """Yield the samples that are evaluated, in chunks, on whichever process asks.
+        """Yield the samples that are evaluated, in chunks, whichever process asks.
 
         All are drawn CHUNK at a time, cut afterwards: batch statistics want a batch.
         """
         for i, start in enumerate(range(0, self.count, CHUNK)):
             yield sample(CHUNK, i)[: self.count - start]
+
+    def save(self, path: Path, sample: Callable[[int, int], Tensor]) -> None:
+        """Write the samples that are evaluated as the array samples of an .npz file, on the first process."""
+        if self.rank == 0:
+            np.savez(path, samples=torch.cat([*self.samples(sample)]).cpu().numpy())
 
     def metrics(self, sample: Callable[[int, int], Tensor]) -> dict[str, float]:
         """Return the metrics of samples: sample(n, i) is chunk i, (n, ...), in the data's value range."""
@@ -262,7 +268,7 @@ def load_inception(path: str | None, device: torch.device) -> tuple[Callable, st
             f"--inception-weights {file} is missing or damaged ({str(error) or repr(error):.90});"
             f" put the file of {INCEPTION_URL} there, or use --eval-features pixels"
         ) from error
-    if weights not in INCEPTION_URL:
+    if weights not in INCEPTION_URL and os.environ.get("RANK", "0") == "0":
         print(f"warning: {file} is not the published Inception: its distances are no FID and no KID")
     return lambda images: network(images.expand(-1, 3, -1, -1)), weights
 
@@ -335,11 +341,11 @@ def three_sample_test(new: dict, old: dict, floor: float = 1e-5) -> tuple[float,
 
 
 class KidSchedule:
-    """Lowers a learning rate where KID stops improving (Binkowski et al. 2018; 2 in a row are forgiven).
+    """Lowers a learning rate where KID stops improving (code of Binkowski et al. 2018).
 
-    Once 10 evaluations are remembered, each further one is tested against the oldest. If it is better, at
-    p <= 0.1, it takes the oldest's place. The third in a row that is not lowers the rate, and only the last
-    two that were remembered and itself stay in memory.
+    The first 10 evaluations are remembered, each further one is tested against the oldest: if better (p at
+    most 0.1) it takes the oldest's place. The third in a row that is not lowers the rate, and of the memory
+    only the last two and itself are left.
     """
 
     def __init__(self, factor: float) -> None:
@@ -456,8 +462,8 @@ def read_images(what: str, source: str, args: Args) -> Tensor:
 def main(args: Args) -> dict[str, float]:
     """Compare, print a table, write --json; return the metrics."""
     file = args.json and Path(args.json)
-    ok = not file or (file.parent.is_dir() and not file.is_dir())
-    require(ok, "--json", args.json, "a file in a folder that exists")
+    ok = not file or (os.access(file.parent, os.W_OK) and not file.is_dir())
+    require(ok, "--json", args.json, "a file in a folder that can be written to")
     ok = not args.ms_ssim or importlib.util.find_spec("torchmetrics")
     require(ok, "--ms-ssim", "on", "off, or do: pip install torchmetrics")
     real, fake = (read_images(*source, args) for source in (("REAL", args.real), ("FAKE", args.fake)))
@@ -490,3 +496,6 @@ if __name__ == "__main__":
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
