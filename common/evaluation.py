@@ -75,11 +75,7 @@ class Evaluator:
         else:
             self.extractor, self.weights = load_inception(args.inception_weights, self.device)
             features = f"torch-fidelity inception-v3-compat, 2048, float32, weights {self.weights}"
-            self.protocol |= {
-                "features": features,
-                "is": "10 splits; is_all: 1",
-                "precision, recall": "k = 3",
-            }
+            self.protocol |= {"features": features, "is": "10 splits", "precision, recall": "k = 3"}
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(images.device)
         chunks, path = order[:n].split(CHUNK), None
         if self.weights and self.rank == 0:  # a hash of all that the statistics depend on, images included
