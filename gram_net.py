@@ -362,7 +362,7 @@ def train(args: Args) -> dict[str, float]:
         metrics.update(evaluator.metrics(sample))
         for name, value in metrics.items():
             writer.add_scalar(f"eval/{name}", value, step)
-        run.save_results(folder, step, metrics, evaluator.protocol, rank)
+        run.save_results(folder, args, step, metrics, evaluator.protocol, rank)
 
     def picture() -> None:
         if rank == 0:
@@ -374,7 +374,7 @@ def train(args: Args) -> dict[str, float]:
     if args.eval_only:
         evaluate()
         picture()
-        np.savez(folder / "samples.npz", samples=torch.cat([*evaluator.samples(sample)]).cpu().numpy())
+        evaluator.save(folder / "samples.npz", sample)
         return metrics
     if step == 0:
         save()  # from here on there is always something to resume from

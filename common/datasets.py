@@ -69,10 +69,11 @@ class Toy(Batches):
 
 @dataclass
 class Images(Batches):
-    """images: (N, c, h, w) uint8; value_range: what 0 and 255 become."""
+    """images: (N, c, h, w) uint8; value_range: what 0 and 255 become; split: which of the set they are."""
 
     images: Tensor
     value_range: tuple[float, float]
+    split: str = "train"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,7 +125,7 @@ def load(args, split: str, value_range: tuple[float, float], device, rank: int, 
     if args.dataset in TOYS:
         return Toy(args.dataset, (TOYS[args.dataset],), *batches, device)
     images = load_images(args.dataset, args.data_dir, args.image_size, split)
-    return Images(args.dataset, tuple(images.shape[1:]), *batches, images.to(device), value_range)
+    return Images(args.dataset, tuple(images.shape[1:]), *batches, images.to(device), value_range, split)
 
 
 # --- toys ----------------------------------------------------------------------------------------

@@ -233,10 +233,11 @@ def make_writer(folder: Path, args, step: int, rank: int):
     return writer
 
 
-def save_results(folder: Path, step: int, metrics: dict, protocol: dict, rank: int) -> None:
+def save_results(folder: Path, args, step: int, metrics: dict, protocol: dict, rank: int) -> None:
     """Print the metrics and write them with their protocol to folder/results.json."""
     if rank > 0:
         return
+    protocol = protocol | {"batch_norm": args.sample_bn, "ema_decay": args.ema_decay}
     results = {"step": step, "metrics": metrics, "protocol": protocol}
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
