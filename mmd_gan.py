@@ -120,6 +120,8 @@ DEFAULTS = {
         eval_every=12_500, eval_features="inception", eval_split="train", sample_bn="batch",
     ),
     "cifar10": dict(image_size=32, total_steps=124_614),
+    "stl10": dict(image_size=48),  # ours
+    "celeba": dict(total_steps=410_336, feature_dim=64, latent_dim=64),
     "mnist": dict(
         image_size=32, total_steps=149_640, feature_dim=10, latent_dim=10, eval_features="pixels",
     ),  # fashion-mnist too

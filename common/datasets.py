@@ -13,6 +13,7 @@ import pickle
 import shutil
 import sys
 import tarfile
+import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -313,17 +314,11 @@ def _convert(name: str, data_dir: Path, size: int, parts: tuple[str, ...]) -> Te
         key.update(f"{str(file).removeprefix(str(root))} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     cache = f"{kind(name)}-{'+'.join(parts)}-{size}-{key.hexdigest()[:16]}.npy"
     path, shape = data_dir / "cache" / cache, (count, 3, size, size)
-
-    def convert(numbered: tuple[int, object]) -> np.ndarray:
-        try:
-            return crop(name, size, *numbered)
-        except Exception as error:  # Pillow's decoders raise what they like
-            number, item = numbered
-            what = item if isinstance(item, str) else f"image {number}"
-            raise BadInput(f"--dataset {name}: {what} cannot be read ({error})") from error
-
-    write_array(path, shape, items, convert)
-    return torch.from_numpy(np.load(path, mmap_mode="c" if math.prod(shape) > IN_MEMORY else None))
+    write_array(path, shape, items, lambda numbered: crop(name, size, *numbered))
+    images = np.load(path, mmap_mode="r" if math.prod(shape) > IN_MEMORY else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a map that cannot be written: one that can needs the memory
+        return torch.from_numpy(images)
 
 
 def _find(name: str, root: Path, parts: tuple[str, ...]) -> tuple[int, Iterable, list]:
@@ -331,11 +326,11 @@ def _find(name: str, root: Path, parts: tuple[str, ...]) -> tuple[int, Iterable,
     if name == "stl10":
         folder, stl10 = root / "stl10_binary", torchvision.datasets.STL10
         if not folder.exists():
+            utils, unpacked = torchvision.datasets.utils, root / "stl10.partial"
             with FileLock(root / "stl10.lock"):
                 if not folder.exists():
-                    unpacked = root / "stl10.partial"
-                    download = torchvision.datasets.utils.download_and_extract_archive
-                    download(stl10.url, root, unpacked, md5=stl10.tgz_md5, remove_finished=True)
+                    options = dict(md5=stl10.tgz_md5, remove_finished=True)
+                    utils.download_and_extract_archive(stl10.url, root, unpacked, **options)
                     os.replace(unpacked / folder.name, folder)
         files = [folder / ("unlabeled_X.bin" if part == "train" else "test_X.bin") for part in parts]
         arrays = [np.memmap(file, np.uint8, "r").reshape(-1, 3, 96, 96) for file in files]
@@ -346,10 +341,11 @@ def _find(name: str, root: Path, parts: tuple[str, ...]) -> tuple[int, Iterable,
         names = [file for file, code in zip(words[::2], words[1::2]) if code in codes]
         files = [f"{root}/celeba/img_align_celeba/{file}" for file in names]
         return len(files), files, files
-    place = "lsun/bedroom_" if name == "lsun-bedroom" else "imagenet/"
-    folders = [f"{root}/{place}{'train' if part == 'train' else 'val'}" for part in parts]
+    lsun = name == "lsun-bedroom"
+    parts = ["train" if part == "train" else "val" for part in parts]
+    folders = [f"{root}/lsun/bedroom_{part}" if lsun else f"{root}/imagenet/{part}" for part in parts]
     folders = [str(root)] if name.startswith("folder:") else folders
-    found = [_lmdb(f"{f}_lmdb") if Path(f"{f}_lmdb").is_dir() else _files(f) for f in folders]
+    found = [_lmdb(f"{f}_lmdb") if lsun and os.path.isdir(f"{f}_lmdb") else _files(f) for f in folders]
     counts, items, files = zip(*found)
     if 0 in counts:
         raise FileNotFoundError(f"no image below {folders[counts.index(0)]}")
@@ -357,9 +353,9 @@ def _find(name: str, root: Path, parts: tuple[str, ...]) -> tuple[int, Iterable,
 
 
 def _files(folder: str) -> tuple[int, list[str], list[str]]:
-    found = (os.path.join(place, file) for place, _, files in os.walk(folder) for file in files)
-    files = sorted(file for file in found if os.path.splitext(file)[1].lower() in IMAGE_FILES)
-    return len(files), files, files
+    found = [os.path.join(place, file) for place, _, files in os.walk(folder) for file in files]
+    found = sorted(file for file in found if os.path.splitext(file)[1].lower() in IMAGE_FILES)
+    return len(found), found, found
 
 
 def _lmdb(folder: str) -> tuple[int, Iterable, list[str]]:
@@ -378,13 +374,16 @@ def crop(name: str, size: int, number: int, item: str | np.ndarray | tuple) -> n
     any 160x160 of the central 178x178, half of them mirrored (Arbel et al. 2018), drawn once for each image.
     imagenet: by way of 256x256 (Arbel et al. 2018). Others: shorter side to size, central square.
     """
-    if isinstance(item, tuple):
-        env, key = item
-        with env.begin() as transaction:
-            item = io.BytesIO(transaction.get(key))
-    image = Image.fromarray(item.transpose(2, 1, 0)) if isinstance(item, np.ndarray) else Image.open(item)
-    with image:
-        image = image.convert("RGB")
+    what = item if isinstance(item, str) else f"image {number}"
+    try:
+        if isinstance(item, tuple):
+            with item[0].begin() as transaction:
+                item = io.BytesIO(transaction.get(item[1]))
+        image = Image.fromarray(item.transpose(2, 1, 0)) if isinstance(item, np.ndarray) else Image.open(item)
+        with image:
+            image = image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise what they like
+        raise BadInput(f"--dataset {name}: {what} cannot be read ({error})") from error
     if name == "celeba" and size == 160:
         left, top, mirrored = np.random.default_rng(number).integers((19, 19, 2))
         image = center_crop(image, 178).crop((left, top, left + 160, top + 160))
