@@ -710,6 +710,12 @@ def test_a_missing_set_is_refused_with_what_to_put_where(name, split, tmp_path):
     assert all(file in message for file in files[name])
 
 
+def test_a_set_of_which_half_is_missing_is_refused(tmp_path):
+    photo(tmp_path / "imagenet" / "train" / "a.JPEG", 70, 70)
+    message = refusal("imagenet", tmp_path, split="all")
+    assert f"no image below {tmp_path}/imagenet/val" in message
+
+
 # --- conversion ----------------------------------------------------------------------------------
 
 
