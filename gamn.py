@@ -118,6 +118,7 @@ DEFAULTS = {
         eval_split="train", sample_bn="batch",
     ),
     "cifar10": dict(image_size=32, width=128),
+    "stl10": dict(image_size=48),  # ours
     "mnist": dict(image_size=28, batch_size=50, eval_features="pixels"),  # fashion-mnist too
     "digits": dict(
         image_size=8, total_steps=1000, width=32, latent_dim=32, learning_rate=1e-3,

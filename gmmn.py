@@ -98,10 +98,12 @@ class Args:
 # [C]'s settings for MNIST; bandwidths: square roots of its variances.
 DEFAULTS = {
     "images": dict(
-        image_size=32, total_steps=40_000, batch_size=1000, width=1024, ae_steps=3000, latent_dim=10,
+        image_size=64, total_steps=40_000, batch_size=1000, width=1024, ae_steps=3000, latent_dim=10,
         bandwidths=(1.4142, 2.2361, 3.1623, 4.4721, 6.3246, 8.9443), optimizer="sgd", learning_rate=2.0,
         drop_step=10_000, eval_every=5000, eval_features="inception", eval_split="train", sample_bn="running",
     ),
+    "cifar10": dict(image_size=32),
+    "stl10": dict(image_size=48),
     "mnist": dict(image_size=28, eval_features="pixels"),  # fashion-mnist too
     "digits": dict(
         image_size=8, total_steps=4000, batch_size=500, width=512, drop_step=3000, eval_every=1000,

@@ -17,8 +17,9 @@ fake pass f separately, so batch normalisation takes from each its own mean and 
 
 The bandwidth report [B] compares --bandwidths 1 2 4 8 16 with 2 4 8 16 32 by their own M, which says
 little: clipped features are small, where M^2 is about sum_s 1/s^2 times ||E f(x) - E f(y)||^2, and that sum
-is 4 times smaller for the second set. eval/pixel_mmd (images) and eval/mmd (toys) use one kernel in data
-space, whatever the run's own: compare runs by these (of images with --eval-features pixels). [B] only plans --kernel laplacian.
+is 4 times smaller for the second set. eval/pixel_mmd (of images, with --eval-features pixels) and eval/mmd
+(of toys) use one kernel in data space, whatever the run's own: compare runs by these. [B] only plans
+--kernel laplacian.
 
 Published: CIFAR-10 IS 6.17 [L]; FID 38.39 and, with --architecture gram, 40.00; with --weak-critic too,
 210.85 (Tables 1 and 2 of [S]); IS 5.35, without auto-encoder 5.40, without hinge 3.26 (Table 4 of [S]).
@@ -119,6 +120,8 @@ DEFAULTS = {
         eval_every=12_500, eval_features="inception", eval_split="train", sample_bn="batch",
     ),
     "cifar10": dict(image_size=32, total_steps=124_614),
+    "stl10": dict(image_size=48),  # ours
+    "celeba": dict(total_steps=410_336, feature_dim=64, latent_dim=64),
     "mnist": dict(
         image_size=32, total_steps=149_640, feature_dim=10, latent_dim=10, eval_features="pixels",
     ),  # fashion-mnist too

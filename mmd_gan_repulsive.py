@@ -112,6 +112,8 @@ DEFAULTS = {
         learning_rate=2e-4, critic_learning_rate=1e-4, eval_every=12_500, eval_features="inception",
         eval_split="train", sample_bn="running"),
     "cifar10": dict(image_size=32, critic_learning_rate=5e-4),
+    "stl10": dict(image_size=48, critic_learning_rate=2e-4),
+    "lsun-bedroom": dict(learning_rate=1e-4, critic_learning_rate=2e-4),
     "mnist": dict(image_size=28, critic_learning_rate=5e-4, eval_features="pixels"),  # ours
     "digits": dict(image_size=8, total_steps=2000, width=32, eval_every=500, eval_features="pixels"),  # ours
     "toys": dict(total_steps=10_000, batch_size=256, width=512, latent_dim=2, eval_every=1000),  # ours

@@ -135,6 +135,9 @@ DEFAULTS = {
         image_size=64, total_steps=150_000, batch_size=64, width=64, latent_dim=128, learning_rate=2e-4,
         eval_every=10_000, eval_features="inception", eval_split="train", sample_bn="batch"),
     "cifar10": dict(image_size=32, learning_rate=1e-4, eval_split="all"),
+    "stl10": dict(image_size=48),  # ours
+    "celeba": dict(image_size=160, learning_rate=1e-4, eval_split="all"),
+    "lsun-bedroom": dict(learning_rate=1e-4),  # [B]
     "mnist": dict(
         image_size=28, total_steps=50_000, learning_rate=1e-4, eval_features="pixels", eval_split="all"),
     "digits": dict(  # ours
