@@ -345,8 +345,7 @@ def train(args: Args) -> dict[str, float]:
         if (args.save_every and update % args.save_every == 0) or update == ae_total or stopping:
             save()
         if stopping:
-            writer.close()
-            run.leave(folder, update)
+            run.leave(writer, folder, update)
     encode = autoencoder.eval().encode if args.autoencoder else nn.Flatten()
 
     begin, begin_step = time.time(), step
@@ -394,8 +393,7 @@ def train(args: Args) -> dict[str, float]:
         if due(args.save_every) or stopping:
             save()
         if stopping:
-            writer.close()
-            run.leave(folder, step)
+            run.leave(writer, folder, step)
 
     writer.close()
     if rank == 0:

@@ -386,7 +386,6 @@ def train(args: Args) -> dict[str, float]:
         torch.manual_seed(run.mix(args.seed, 0, step, rank))  # whatever is random depends on the step alone
         real = data.batch(step - 1)
         noise = draw_noise(len(real), args, device)
-
         # Both players from one graph: simultaneous updates, Algorithm 1.
         with autocast:
             fake = generator(noise)
@@ -424,8 +423,7 @@ def train(args: Args) -> dict[str, float]:
         if due(args.save_every) or stopping:
             save()
         if stopping:
-            writer.close()
-            run.leave(folder, step)
+            run.leave(writer, folder, step)
 
     writer.close()
     if rank == 0:

@@ -249,14 +249,13 @@ class Critic(nn.Module):
 
 # --- losses ----------------------------------------------------------------------------------------
 
-LOWER_BOUND, UPPER_BOUND = 0.25, 4.0  # b_l and b_u of squared distances, Eqs. (6) and (7)
-
 
 def bounded(d2_xx: Tensor, d2_xy: Tensor, d2_yy: Tensor, lam: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return d2 (n, n) as rbf-b has it: pairs pushed apart bounded above, pairs pulled together below."""
-    d2_xx = d2_xx.clamp_max(UPPER_BOUND) if lam > 0 else d2_xx.clamp_min(LOWER_BOUND)
-    d2_xy = d2_xy.clamp_max(UPPER_BOUND) if lam < 1 else d2_xy.clamp_min(LOWER_BOUND)  # Deviation 3
-    return d2_xx, d2_xy, d2_yy.clamp_min(LOWER_BOUND)
+    b_l, b_u = 0.25, 4.0  # Eqs. (6) and (7)
+    d2_xx = d2_xx.clamp_max(b_u) if lam > 0 else d2_xx.clamp_min(b_l)
+    d2_xy = d2_xy.clamp_max(b_u) if lam < 1 else d2_xy.clamp_min(b_l)  # Deviation 3
+    return d2_xx, d2_xy, d2_yy.clamp_min(b_l)
 
 
 def critic_loss(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor, lam: float) -> Tensor:
@@ -391,7 +390,6 @@ def train(args: Args) -> dict[str, float]:
         torch.manual_seed(run.mix(args.seed, 0, step, rank))  # whatever is random depends on the step alone
         real = data.batch(step - 1).requires_grad_(args.lambda_gp > 0)
         noise = draw_noise(len(real), args, device)
-
         # Both players from one graph: simultaneous updates, one critic step per generator step (Deviation 9).
         with autocast:
             fake = generator(noise)
@@ -429,8 +427,7 @@ def train(args: Args) -> dict[str, float]:
         if due(args.save_every) or stopping:
             save()
         if stopping:
-            writer.close()
-            run.leave(folder, step)
+            run.leave(writer, folder, step)
 
     writer.close()
     if rank == 0:

@@ -170,8 +170,9 @@ def stop_asked(step: int) -> bool:
     return bool(SIGNALS)
 
 
-def leave(folder: Path, step: int) -> None:
+def leave(writer, folder: Path, step: int) -> None:
     """Exit with the status that the signal has by convention, saying how to go on."""
+    writer.close()
     print(f"stopped by signal {SIGNALS[0]} after step {step}; go on with --resume {folder}")
     sys.exit(128 + SIGNALS[0])
 
@@ -275,10 +276,13 @@ def load_checkpoint(args, script: str, models: dict) -> int:
     except Exception as error:
         raise BadInput(f"--resume: {path} is missing, damaged or no checkpoint ({error!r:.90})") from error
     require(saved_script == script, "--resume", args.resume, f"a run of {script}.py, not {saved_script}.py")
+    # What decides the learning rate may not change.
+    fixed = {name for name in MAY_CHANGE if name.startswith("eval_") and name != "eval_only"}
+    may_change = MAY_CHANGE - (fixed if getattr(args, "lr_schedule", "constant") == "kid" else set())
     changed = [
         f"--{key.replace('_', '-')} {value} (was {saved.get(key)})"
         for key, value in dataclasses.asdict(args).items()
-        if key not in MAY_CHANGE and value != saved.get(key)
+        if key not in may_change and value != saved.get(key)
     ]
     require(not changed, "--resume", args.resume, f"without a change of {', '.join(changed)}")
     for name, model in models.items():
