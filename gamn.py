@@ -31,6 +31,7 @@ Deviations from the paper [P], which has no code; [W] is that of Gulrajani et al
   5. tanh and pixels in [-1, 1] for grey images too, where [W] has a sigmoid; weights from N(0, 0.02^2) for
      all images, as [W]'s for 64x64.
   6. Networks for images that are not 28, 32 or 64 pixels; fewer steps on toys than [W]'s 100,000: ours.
+  7. --kernel laplacian and rq, the latter with the alphas of Binkowski et al. 2018: [P] has rbf alone.
 
 Usage:
     python gamn.py
@@ -106,7 +107,7 @@ class Args:
     beta2: float = 0.9  # Adam's second moment, both players; not given in the paper
 
 
-# Batch sizes: [P]; the rest: [W].
+# Batch sizes: [P]; the rest: [W]. Deviation 3
 DEFAULTS = {
     "images": dict(
         image_size=64, total_steps=200_000, batch_size=64, width=64, latent_dim=128, learning_rate=1e-4,
@@ -136,7 +137,7 @@ def resolve(args: Args) -> Args:
     toy = args.dataset in datasets.TOYS
     method = {"lambda_reg": 1e-3 if args.regularizer != "gp" else 0.1 if toy else 10.0}
     bandwidths = (0.05, 0.1, 0.2, 0.5, 1.0) if toy else (1.0, 2.0, 4.0, 8.0, 16.0)
-    bandwidths = (0.2, 0.5, 1.0, 2.0, 5.0) if args.kernel == "rq" else bandwidths
+    bandwidths = (0.2, 0.5, 1.0, 2.0, 5.0) if args.kernel == "rq" else bandwidths  # Deviation 7
     return run.resolve(args, *defaults, method, {"bandwidths": bandwidths}, least=LEAST)
 
 
@@ -146,7 +147,7 @@ def resolve(args: Args) -> Args:
 def sides(side: int) -> list[int]:
     """Return the sides of the feature maps: 8, 4 for 8x8; 28, 14, 7, 4; 32, 16, 8, 4; 48, 24, 12, 6."""
     run.require(side >= 7, "--image-size", side, "at least 7")
-    found = [side]
+    found = [side]  # Deviation 6
     while found[-1] > 6:
         found.append((found[-1] + 1) // 2)
     return found
@@ -189,7 +190,7 @@ class Generator(nn.Module):
             layers += [nn.BatchNorm2d(c), nn.ReLU(), nn.ConvTranspose2d(c, c // 2, 5, 2, 1), crop(side)]
             c //= 2
         layers += [nn.BatchNorm2d(c), nn.ReLU(), nn.ConvTranspose2d(c, shape[0], 5, 2, 1), crop(shape[1])]
-        self.layers = nn.Sequential(*layers, nn.Tanh()).apply(initialise)
+        self.layers = nn.Sequential(*layers, nn.Tanh()).apply(initialise)  # Deviation 5
 
     def forward(self, z: Tensor) -> Tensor:
         return self.layers(z)
@@ -363,7 +364,7 @@ def train(args: Args) -> dict[str, float]:
             reg = regularization(critic, real, fake.float(), args)
             real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
             k_xx, k_xy, k_yy = kernels.gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
-            mmd = kernels.sqrt_mmd(k_xx, k_xy, k_yy)
+            mmd = kernels.sqrt_mmd(k_xx, k_xy, k_yy)  # Deviation 2
             c_loss = critic_loss(mmd, reg, args.lambda_reg)
             c_optimizer.zero_grad()
             c_loss.backward()

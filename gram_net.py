@@ -96,7 +96,7 @@ class Args:
     # --- method ---
     bandwidths: tuple[float, ...] | None = None  # sigma of rbf; ratio: mean over them, MMD: sum over them
     positivity: Literal["sum", "clip"] = "sum"  # lambda sum r in Eq. (9), or r clipped at 0 (footnote 3)
-    positivity_weight: float = 1.0  # lambda of Eq. (9); not read by clip
+    positivity_weight: float = 1.0  # lambda of Eq. (9); not read by clip and --as-coded
     ridge: float = 1e-3  # added to the diagonal of k_yy before Eq. (8) is solved; 0 is [P]
     as_coded: bool = False  # the game of [N]: q/p at real points, mean ratio, alternating, sqrt of MMD^2
     weak_critic: bool = False  # Table 7 in the place of Table 6

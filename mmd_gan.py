@@ -18,7 +18,7 @@ fake pass f separately, so batch normalisation takes from each its own mean and 
 The bandwidth report [B] compares --bandwidths 1 2 4 8 16 with 2 4 8 16 32 by their own M, which says
 little: clipped features are small, where M^2 is about sum_s 1/s^2 times ||E f(x) - E f(y)||^2, and that sum
 is 4 times smaller for the second set. eval/pixel_mmd (images) and eval/mmd (toys) use one kernel in data
-space, whatever the run's own: compare runs by these. [B] only plans --kernel laplacian.
+space, whatever the run's own: compare runs by these (of images with --eval-features pixels). [B] only plans --kernel laplacian.
 
 Published: CIFAR-10 IS 6.17 [L]; FID 38.39 and, with --architecture gram, 40.00; with --weak-critic too,
 210.85 (Tables 1 and 2 of [S]); IS 5.35, without auto-encoder 5.40, without hinge 3.26 (Table 4 of [S]).
@@ -143,7 +143,7 @@ def resolve(args: Args) -> Args:
     toy, gram = args.dataset in datasets.TOYS, args.architecture == "gram"
     method = {"width": 32} if gram else {}  # Deviation 7
     bandwidths = (0.05, 0.1, 0.2, 0.5, 1.0) if toy else (1.0, 2.0, 4.0, 8.0, 16.0)
-    bandwidths = (0.2, 0.5, 1.0, 2.0, 5.0) if args.kernel == "rq" else bandwidths
+    bandwidths = (0.2, 0.5, 1.0, 2.0, 5.0) if args.kernel == "rq" else bandwidths  # Deviation 5
     run.require(not (gram and toy), "--architecture", args.architecture, "li for a data set of points")
     run.require(gram or not args.weak_critic, "--weak-critic", "on", "given with --architecture gram")
     return run.resolve(args, *defaults, method, {"bandwidths": bandwidths}, least=LEAST)
@@ -154,7 +154,7 @@ def resolve(args: Args) -> Args:
 
 def levels(side: int) -> int:
     """Return how often an image is halved: 1 for 8x8, 3 for 32x32 (down to 4x4) and 48x48 (to 6x6)."""
-    n = side.bit_length() - 3
+    n = side.bit_length() - 3  # Deviation 6
     run.require(n >= 1 and side % 2**n == 0, "--image-size", side, "4, 5, 6 or 7 times 2, 4, 8, ...")
     return n
 
@@ -364,7 +364,7 @@ def train(args: Args) -> dict[str, float]:
         # Critic: several updates, each with a batch of its own.
         for _ in range(critic_steps(step, args)):
             clip_parameters(critic, args.clip)
-            real = data.batch(drawn)
+            real = data.batch(drawn)  # Deviation 3
             drawn += 1
             noise = draw_noise(len(real), args, device)
             with autocast:
@@ -375,7 +375,7 @@ def train(args: Args) -> dict[str, float]:
                 ae_loss = sum(reconstruction(decoder, x, feat) for x, feat in pairs)
             real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
             k_xx, k_xy, k_yy = kernels.gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
-            mmd = kernels.sqrt_mmd(k_xx, k_xy, k_yy)
+            mmd = kernels.sqrt_mmd(k_xx, k_xy, k_yy)  # Deviation 4
             hinge = rank_hinge(real_feat, fake_feat)
             c_loss = critic_loss(mmd, hinge, ae_loss, args.lambda_rank, args.lambda_ae)
             c_optimizer.zero_grad()

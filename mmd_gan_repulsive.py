@@ -124,7 +124,7 @@ SCRIPT = Path(__file__).stem
 def resolve(args: Args) -> Args:
     """Return args with its data set's values where None stands; BadInput if they make no run."""
     defaults = DEFAULTS["images"], DEFAULTS.get(datasets.kind(args.dataset), {})
-    bandwidths = (0.2, 0.5, 1.0, 2.0, 5.0) if args.kernel == "rq" else (1.0,)
+    bandwidths = (0.2, 0.5, 1.0, 2.0, 5.0) if args.kernel == "rq" else (1.0,)  # Deviation 4
     dim = {} if args.loss == "mmd" else {"feature_dim": 1}
     ok = args.loss == "mmd" or (args.feature_dim in (None, 1) and args.lambda_gp == 0)
     run.require(ok, "--loss", args.loss, "mmd where --feature-dim or --lambda-gp is given")
@@ -138,7 +138,7 @@ def resolve(args: Args) -> Args:
 
 def levels(side: int) -> int:
     """Return how often an image is halved: 1 for 8x8, 3 for 32x32 (down to 4x4) and 48x48 (to 6x6)."""
-    n = side.bit_length() - 3
+    n = side.bit_length() - 3  # Deviation 6
     run.require(n >= 1 and side % 2**n == 0, "--image-size", side, "4, 5, 6 or 7 times 2, 4, 8, ...")
     return n
 
@@ -155,7 +155,10 @@ class Generator(nn.Module):
             return
         n = levels(shape[1])
         start = (width * 2**n, shape[1] >> n, shape[2] >> n)
-        layers = [nn.Linear(latent_dim, start[0] * start[1] * start[2]), nn.Unflatten(1, start)]
+        layers = [
+            nn.Linear(latent_dim, start[0] * start[1] * start[2]),
+            nn.Unflatten(1, start),
+        ]  # Deviation 5
         for c in (width * 2**i for i in reversed(range(n))):
             deconv = nn.ConvTranspose2d(2 * c, c, 4, 2, 1, bias=False)
             layers += [deconv, nn.BatchNorm2d(c, eps=1e-3, momentum=0.01), nn.ReLU()]
@@ -209,8 +212,8 @@ class SpectralNorm(nn.Module):
         with torch.autocast(weight.device.type, enabled=False):
             if self.training:
                 self.iterate(weight, 1)
-            sigma = self.operator(weight, self.v.clone()).norm()  # differentiated by W, v is constant
-            return weight * (self.gain / (sigma + 1e-10))
+            sigma = self.operator(weight, self.v.clone()).norm()  # v is constant; Deviation 2
+            return weight * (self.gain / (sigma + 1e-10))  # Deviation 8
 
 
 class Critic(nn.Module):
@@ -264,7 +267,7 @@ def penalised(c_loss: Tensor, real_feat: Tensor, real: Tensor, lambda_gp: float)
     """Return (L_D - 1) / (1 + lambda E ||grad D(x)||_F^2), Eq. (S8); real_feat (B, d) = D(real)."""
     grads = (torch.autograd.grad(feat.sum(), real, create_graph=True)[0] for feat in real_feat.T)
     norm2 = sum(grad.flatten(1).square().sum(1) for grad in grads)  # (B,), exact over all d outputs
-    return (c_loss - 1) / (1 + lambda_gp * kernels.gather(norm2).mean())
+    return (c_loss - 1) / (1 + lambda_gp * kernels.gather(norm2).mean())  # Deviation 7
 
 
 def generator_loss(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor) -> Tensor:

@@ -42,6 +42,8 @@ Deviations from the papers [P], [B] and from the authors' code [C]:
  10. Several processes share one statistic of the whole batch; in [C] each has its own, then averaged.
  11. Networks of one or two levels for images below 32 pixels, and MLPs for toys: ours.
  12. Trained on the test images too where a set has them: [C] of both papers.
+ 13. gradient-penalty keeps the networks, the latent dimension and the schedule of [P], so that only the
+     constraint differs; [B] has DCGAN networks, 100 dimensions and 5 critic updates throughout.
 
 Usage:
     python smmd_gan.py
@@ -141,7 +143,7 @@ DEFAULTS = {
         total_steps=5000, batch_size=256, width=128, latent_dim=2, learning_rate=5e-4,
         eval_every=500, lambda_scale=0.1, critic_norm="none"),
 }  # fmt: skip
-CONSTRAINTS = {  # [C] of [P], and of [B] for the penalty
+CONSTRAINTS = {  # [C] of [P], and of [B] for the penalty; Deviation 13
     "scaled": dict(kernel="rbf", feature_dim=1, critic_norm="spectral"),
     "gradient-penalty": dict(kernel="rq-linear", feature_dim=16, critic_norm="none"),
     "none": dict(kernel="rbf", feature_dim=1, critic_norm="none"),
@@ -172,7 +174,7 @@ def resolve(args: Args) -> Args:
 
 def levels(side: int) -> int:
     """Return how often an image is halved: 1 for 8x8, 3 for 32x32, 4 for 64x64, 5 for 160x160 (to 5x5)."""
-    n = side.bit_length() - 3
+    n = side.bit_length() - 3  # Deviation 11
     run.require(n >= 1 and side % 2**n == 0, "--image-size", side, "4, 5, 6 or 7 times 2, 4, 8, ...")
     return n
 
@@ -311,7 +313,7 @@ def scale(feat: Tensor, real: Tensor, args: Args, create_graph: bool) -> Tensor 
     """
     if args.constraint not in ("scaled", "swgan"):
         return 1.0
-    norm2 = kernels.gather(jacobian_norm2(feat, real, create_graph)).mean()
+    norm2 = kernels.gather(jacobian_norm2(feat, real, create_graph)).mean()  # Deviation 10
     feat2 = kernels.gather(feat).square().sum(1).mean()
     if args.scale_form == "released":  # Deviation 1
         s2 = 1 / (1 + args.lambda_scale * (norm2 + (feat2 if args.constraint == "swgan" else 0)))

@@ -1,10 +1,13 @@
 """The machinery of a run that a reader skips: arguments, processes, run folder, checkpoint, signals."""
 
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -70,7 +73,7 @@ def main(train, args_class: type) -> None:
 
 def parse(args_class: type, argv: list[str] | None = None):
     """Return the arguments of a command line; with --resume, those of its run where none is given."""
-    args = tyro.cli(args_class, args=argv)
+    args = _cli(args_class, argv)
     if args.resume is None:
         return args
     try:
@@ -79,7 +82,21 @@ def parse(args_class: type, argv: list[str] | None = None):
         default = args_class(**saved | {"resume": args.resume, "eval_only": False})
     except (OSError, TypeError, AttributeError, ValueError) as error:
         raise BadInput(f"--resume {args.resume}: not a run folder of this script ({error})") from error
-    return tyro.cli(args_class, args=argv, default=default)
+    return _cli(args_class, argv, default=default)
+
+
+def _cli(args_class: type, argv: list[str] | None, **default):
+    text = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(text):
+            return tyro.cli(args_class, args=argv, **default)
+    except SystemExit as error:
+        if error.code == 0:  # --help
+            raise
+        # tyro draws a box with a title: what follows it, on one line.
+        said = re.sub("╭.*|[^ -~]", " ", text.getvalue())
+        said = re.split("Got errors|Argument helptext|For full helptext", said)[0]
+        raise BadInput(f"{said} (see --help)") from error
 
 
 def resolve(args, *tables: dict, least: dict[str, float] | None = None):

@@ -6,7 +6,9 @@ import importlib.machinery
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
+import random
 import re
 import signal
 import subprocess
@@ -217,6 +219,41 @@ def test_signal_finishes_the_step_and_saves(script, number, tmp_path, monkeypatc
     assert 0 < checkpoint(part)["step"] < 3
     train(script, "--resume", str(part), runs=tmp_path / "b")
     assert same(checkpoint(whole), checkpoint(part))
+
+
+def child(script, options):
+    module = import_module(script)
+    module.train(run.parse(module.Args, options))
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_any_moment(kills, tmp_path):
+    """SIGKILL at random points of a real process, also within a save: nothing is lost, nothing differs."""
+    options = ["--total-steps", str(40 * kills), "--save-every", "1", "--eval-every", "0", "--sample-every", "40"]
+    whole = train("gmmn", *options, runs=tmp_path / "a")
+    context, moments = multiprocessing.get_context("forkserver"), random.Random(kills)
+    context.set_forkserver_preload(["gmmn"])
+    options, steps = [*SMALL, *options, "--runs-dir", str(tmp_path / "b")], [0]
+    for _ in range(kills):
+        process = context.Process(target=child, args=("gmmn", options))
+        process.start()
+        saves = ()
+        while len(saves) < 2:  # until it trains: the first save may be that of the process before
+            time.sleep(0.01)
+            saves = {*saves, *(path.stat().st_mtime_ns for path in tmp_path.glob("b/*/checkpoint.pt"))}
+        time.sleep(moments.uniform(0, 0.2))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        (part,) = (tmp_path / "b").iterdir()
+        steps.append(checkpoint(part)["step"])
+        options = ["--resume", str(part)]
+    assert steps == sorted(steps)
+    assert 0 < steps[-1] < 40 * kills
+    train("gmmn", *options, runs=tmp_path / "b")
+    assert same(checkpoint(whole), checkpoint(part))
+    assert curves(whole) == curves(part)
+    assert sorted(p.name for p in part.iterdir() if p.suffix == ".partial") == []
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
