@@ -254,7 +254,7 @@ def update_autoencoder(
     nn.utils.clip_grad_norm_(autoencoder.parameters(), 10.0)
     optimizer.step()
     autoencoder.updates += 1
-    return loss.detach()
+    return kernels.gather(loss.detach()[None]).mean()
 
 
 def train(args: Args) -> dict[str, float]:
@@ -305,7 +305,7 @@ def train(args: Args) -> dict[str, float]:
         torch.manual_seed(run.mix(args.seed, 1, i))
         model = copy.deepcopy(models["ema"].module if args.ema_decay else generator)
         with torch.no_grad():
-            fake = model.train(args.sample_bn == "batch")(draw_noise(n, args, device)).float()
+            fake = run.for_sampling(model, args.sample_bn)(draw_noise(n, args, device)).float()
             return autoencoder.eval().decode(fake) if args.autoencoder else fake
 
     def evaluate() -> None:
@@ -324,7 +324,8 @@ def train(args: Args) -> dict[str, float]:
     if args.eval_only:
         evaluate()
         picture()
-        np.savez(folder / "samples.npz", samples=torch.cat([*evaluator.samples(sample)]).cpu().numpy())
+        run.save_samples(folder, evaluator.samples(sample), rank)
+        writer.close()
         return metrics
     if step == 0:
         save()  # from here on there is always something to resume from

@@ -93,10 +93,10 @@ def smmd_gan(script, args, data):
             x, y, *m = layers[-1]
             within = mean_kernel(x, x, args, True) + mean_kernel(y, y, args, True)
             distance, scale = within - 2 * mean_kernel(x, y, args), 1.0
-            size = norm2(x, real).mean()
+            size, curvature = norm2(x, real).mean(), sum(s**-2 for s in args.bandwidths)  # k's, at 0
             if args.constraint == "scaled":
-                poster = args.scale_form == "poster"  # where lambda stands alone, beside k(x, x) = 1
-                scale = 1 / (args.lambda_scale + 1 + size if poster else 1 + args.lambda_scale * size)
+                poster = args.lambda_scale + len(args.bandwidths) + curvature * size  # k(x, x) = 1 each
+                scale = 1 / (poster if args.scale_form == "poster" else 1 + args.lambda_scale * size)
             elif args.constraint == "swgan":
                 distance = x.mean() - y.mean()
                 scale = (1 + args.lambda_scale * (size + x.square().sum(1).mean())) ** -0.5
@@ -276,7 +276,7 @@ CASES = [
     ("smmd_gan", dict(scale_form="poster", clip_norm=1e-4)),
     ("smmd_gan", dict(constraint="swgan")),
     ("smmd_gan", dict(constraint="none", critic_norm="spectral", clip_norm=0.0)),
-    ("smmd_gan", dict(constraint="gradient-penalty", kernel="rbf", bandwidths=(1.0, 2.0), feature_dim=3)),
+    ("smmd_gan", dict(constraint="gradient-penalty", kernel="rbf", feature_dim=3)),
     ("mmd_gan", {}),
     ("mmd_gan", dict(lambda_ae=0.0, lambda_rank=2.0)),
     ("gamn", {}),
@@ -291,12 +291,12 @@ CASES = [
 ]
 OPTIONS = dict(total_steps=2, batch_size=6, eval_every=0, device="cpu", ema_decay=0.25)
 METHOD = {
-    "smmd_gan": dict(width=4, latent_dim=3, warmup_critic=2),
+    "smmd_gan": dict(width=4, latent_dim=3, warmup_critic=2, bandwidths=(0.1, 0.3)),
     "mmd_gan": dict(width=4, image_size=16, warmup_critic=2, clip=0.1, bandwidths=(0.01, 0.1)),
     "gamn": dict(width=4, latent_dim=3, n_critic=2, bandwidths=(0.1, 1.0)),
     "mmd_gan_repulsive": dict(width=4, latent_dim=3),
     "gram_net": dict(width=4, latent_dim=3, image_size=16),
-    "gmmn": dict(width=16, latent_dim=3),
+    "gmmn": dict(width=16, latent_dim=3, image_size=32),
 }
 
 
@@ -305,6 +305,10 @@ def test_updates_by_hand(name, options, tmp_path, monkeypatch):
     script = import_module(name)
     monkeypatch.setattr(script, "draw_picture", lambda path, *_: Image.new("RGB", (1, 1)).save(path))
     monkeypatch.setattr(script, "AE_BATCH", 4, raising=False)
+    if (
+        name == "smmd_gan"
+    ):  # with its own small weights, features are so small that every penalty is a constant
+        monkeypatch.setattr(script, "initialise", lambda module: None)
     side, seed = METHOD[name].get("image_size", 8), torch.Generator().manual_seed(0)
     images = torch.randint(256, (24, 1, side, side), generator=seed, dtype=torch.uint8)
     monkeypatch.setattr(datasets, "load_images", lambda *_: images)
