@@ -229,7 +229,7 @@ def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, target: floa
     u = torch.rand(len(real), *[1] * (real.ndim - 1), device=real.device)
     between = (real + u * (fake - real)).requires_grad_()
     (gradient,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)  # of each sample
-    return (gradient.flatten(1).norm(dim=1) - target).square().mean()
+    return (kernels.gather(gradient.flatten(1).norm(dim=1)) - target).square().mean()
 
 
 def regularization(critic: nn.Module, real: Tensor, fake: Tensor, args: Args) -> Tensor:
@@ -300,6 +300,7 @@ def train(args: Args) -> dict[str, float]:
     c_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, (args.beta1, args.beta2))
     models = {"generator": generator, "critic": critic}
     models |= {"g_optimizer": g_optimizer, "c_optimizer": c_optimizer}
+    run.synchronise(models, device)  # batch norm
     if args.ema_decay:
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema_decay)
         models["ema"] = torch.optim.swa_utils.AveragedModel(generator, multi_avg_fn=average)
@@ -327,7 +328,7 @@ def train(args: Args) -> dict[str, float]:
         torch.manual_seed(run.mix(args.seed, 1, i))
         model = copy.deepcopy(models["ema"].module if args.ema_decay else generator)
         with torch.no_grad():
-            return model.train(args.sample_bn == "batch")(draw_noise(n, args, device)).float()
+            return run.for_sampling(model, args.sample_bn)(draw_noise(n, args, device)).float()
 
     def evaluate() -> None:
         metrics.update(evaluator.metrics(sample))
@@ -346,6 +347,7 @@ def train(args: Args) -> dict[str, float]:
         evaluate()
         picture()
         evaluator.save(folder / "samples.npz", sample)
+        writer.close()
         return metrics
     if step == 0:
         save()  # from here on there is always something to resume from

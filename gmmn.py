@@ -256,7 +256,7 @@ def update_autoencoder(
     nn.utils.clip_grad_norm_(autoencoder.parameters(), 10.0)
     optimizer.step()
     autoencoder.updates += 1
-    return loss.detach()
+    return kernels.gather(loss.detach()[None]).mean()
 
 
 def train(args: Args) -> dict[str, float]:
@@ -307,7 +307,7 @@ def train(args: Args) -> dict[str, float]:
         torch.manual_seed(run.mix(args.seed, 1, i))
         model = copy.deepcopy(models["ema"].module if args.ema_decay else generator)
         with torch.no_grad():
-            fake = model.train(args.sample_bn == "batch")(draw_noise(n, args, device)).float()
+            fake = run.for_sampling(model, args.sample_bn)(draw_noise(n, args, device)).float()
             return autoencoder.eval().decode(fake) if args.autoencoder else fake
 
     def evaluate() -> None:
@@ -327,6 +327,7 @@ def train(args: Args) -> dict[str, float]:
         evaluate()
         picture()
         evaluator.save(folder / "samples.npz", sample)
+        writer.close()
         return metrics
     if step == 0:
         save()  # from here on there is always something to resume from

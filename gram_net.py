@@ -324,6 +324,7 @@ def train(args: Args) -> dict[str, float]:
     c_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, (args.beta1, args.beta2))
     models = {"generator": generator, "critic": critic}
     models |= {"g_optimizer": g_optimizer, "c_optimizer": c_optimizer}
+    run.synchronise(models, device)  # batch norm
     if args.ema_decay:
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema_decay)
         models["ema"] = torch.optim.swa_utils.AveragedModel(generator, multi_avg_fn=average)
@@ -351,7 +352,7 @@ def train(args: Args) -> dict[str, float]:
         torch.manual_seed(run.mix(args.seed, 1, i))
         model = copy.deepcopy(models["ema"].module if args.ema_decay else generator)
         with torch.no_grad():
-            return model.train(args.sample_bn == "batch")(draw_noise(n, args, device)).float()
+            return run.for_sampling(model, args.sample_bn)(draw_noise(n, args, device)).float()
 
     def project_and_compare(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return what losses returns, for samples (B, *shape)."""
@@ -376,6 +377,7 @@ def train(args: Args) -> dict[str, float]:
         evaluate()
         picture()
         evaluator.save(folder / "samples.npz", sample)
+        writer.close()
         return metrics
     if step == 0:
         save()  # from here on there is always something to resume from

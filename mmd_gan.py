@@ -238,7 +238,7 @@ def rank_hinge(real_feat: Tensor, fake_feat: Tensor) -> Tensor:
 
 def reconstruction(decoder: nn.Module, x: Tensor, feat: Tensor) -> Tensor:
     """Return R(x) = mean of (x - d(f(x)))^2 over all elements; x (B, *shape), feat = f(x) (B, K)."""
-    return F.mse_loss(decoder(feat).float(), x.float())
+    return kernels.gather(F.mse_loss(decoder(feat).float(), x.float())[None]).mean()
 
 
 def critic_loss(mmd: Tensor, hinge: Tensor, ae_loss: Tensor, lambda_rank: float, lambda_ae: float) -> Tensor:
@@ -311,6 +311,7 @@ def train(args: Args) -> dict[str, float]:
     models = {"generator": generator, "critic": critic}
     models |= {"g_optimizer": g_optimizer, "c_optimizer": c_optimizer}
     models["decoder"] = decoder
+    run.synchronise(models, device)  # batch norm
     if args.ema_decay:
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema_decay)
         models["ema"] = torch.optim.swa_utils.AveragedModel(generator, multi_avg_fn=average)
@@ -339,7 +340,7 @@ def train(args: Args) -> dict[str, float]:
         torch.manual_seed(run.mix(args.seed, 1, i))
         model = copy.deepcopy(models["ema"].module if args.ema_decay else generator)
         with torch.no_grad():
-            return model.train(args.sample_bn == "batch")(draw_noise(n, args, device)).float()
+            return run.for_sampling(model, args.sample_bn)(draw_noise(n, args, device)).float()
 
     def evaluate() -> None:
         metrics.update(evaluator.metrics(sample))
@@ -358,6 +359,7 @@ def train(args: Args) -> dict[str, float]:
         evaluate()
         picture()
         evaluator.save(folder / "samples.npz", sample)
+        writer.close()
         return metrics
     if step == 0:
         save()  # from here on there is always something to resume from

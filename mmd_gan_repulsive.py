@@ -156,11 +156,8 @@ class Generator(nn.Module):
             self.layers = nn.Sequential(*hidden, nn.Linear(width, *shape))
             return
         n = levels(shape[1])
-        start = (width * 2**n, shape[1] >> n, shape[2] >> n)
-        layers = [
-            nn.Linear(latent_dim, start[0] * start[1] * start[2]),
-            nn.Unflatten(1, start),
-        ]  # Deviation 5
+        start = (width * 2**n, shape[1] >> n, shape[2] >> n)  # what the linear layer makes: Deviation 5
+        layers = [nn.Linear(latent_dim, start[0] * start[1] * start[2]), nn.Unflatten(1, start)]
         for c in (width * 2**i for i in reversed(range(n))):
             deconv = nn.ConvTranspose2d(2 * c, c, 4, 2, 1, bias=False)
             layers += [deconv, nn.BatchNorm2d(c, eps=1e-3, momentum=0.01), nn.ReLU()]
@@ -334,6 +331,7 @@ def train(args: Args) -> dict[str, float]:
     c_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, (args.beta1, args.beta2))
     models = {"generator": generator, "critic": critic}
     models |= {"g_optimizer": g_optimizer, "c_optimizer": c_optimizer}
+    run.synchronise(models, device)  # batch norm
     if args.ema_decay:
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema_decay)
         models["ema"] = torch.optim.swa_utils.AveragedModel(generator, multi_avg_fn=average)
@@ -361,7 +359,7 @@ def train(args: Args) -> dict[str, float]:
         torch.manual_seed(run.mix(args.seed, 1, i))
         model = copy.deepcopy(models["ema"].module if args.ema_decay else generator)
         with torch.no_grad():
-            return model.train(args.sample_bn == "batch")(draw_noise(n, args, device)).float()
+            return run.for_sampling(model, args.sample_bn)(draw_noise(n, args, device)).float()
 
     def evaluate() -> None:
         metrics.update(evaluator.metrics(sample))
@@ -380,6 +378,7 @@ def train(args: Args) -> dict[str, float]:
         evaluate()
         picture()
         evaluator.save(folder / "samples.npz", sample)
+        writer.close()
         return metrics
     if step == 0:
         save()  # from here on there is always something to resume from

@@ -358,12 +358,13 @@ def gradient_penalty(m: Tensor, m_feat: Tensor, real_feat: Tensor, fake_feat: Te
     witness = k_mx.mean(1) - k_my.mean(1)  # w(m) = mean_i k(phi(m), phi(x_i)) - mean_j k(phi(m), phi(y_j))
     (grad,) = torch.autograd.grad(witness.sum(), m, create_graph=True)
     norm2 = grad.square().sum(2) if args.as_coded and m.ndim == 4 else grad.flatten(1).square().sum(1)
-    return ((norm2 + 1e-5).sqrt() - 1).square().mean()  # Deviation 3
+    return (kernels.gather((norm2 + 1e-5).sqrt()) - 1).square().mean()  # Deviation 3
 
 
 def activation_penalty(real_outputs: list[Tensor], fake_outputs: list[Tensor]) -> Tensor:
     """Return the mean square of each layer's output (n, ...), summed over layers, and over real and fake."""
-    return sum(kernels.at_least_float32(h).square().mean() for h in (*real_outputs, *fake_outputs))
+    means = [kernels.at_least_float32(h).square().mean() for h in (*real_outputs, *fake_outputs)]
+    return kernels.gather(torch.stack(means)[None]).mean(0).sum()
 
 
 def clip_each(module: nn.Module, clip_norm: float) -> None:
@@ -424,6 +425,7 @@ def train(args: Args) -> dict[str, float]:
     c_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, (args.beta1, args.beta2))
     models = {"generator": generator, "critic": critic}
     models |= {"g_optimizer": g_optimizer, "c_optimizer": c_optimizer}
+    run.synchronise(models, device)  # batch norm
     if args.ema_decay:
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema_decay)
         models["ema"] = torch.optim.swa_utils.AveragedModel(generator, multi_avg_fn=average)
@@ -451,7 +453,7 @@ def train(args: Args) -> dict[str, float]:
         torch.manual_seed(run.mix(args.seed, 1, i))
         model = copy.deepcopy(models["ema"].module if args.ema_decay else generator)
         with torch.no_grad():
-            return model.train(args.sample_bn == "batch")(draw_noise(n, args, device)).float()
+            return run.for_sampling(model, args.sample_bn)(draw_noise(n, args, device)).float()
 
     def evaluate() -> None:
         metrics.update(evaluator.metrics(sample))
@@ -470,6 +472,7 @@ def train(args: Args) -> dict[str, float]:
         evaluate()
         picture()
         evaluator.save(folder / "samples.npz", sample)
+        writer.close()
         return metrics
     if step == 0:
         save()  # from here on there is always something to resume from

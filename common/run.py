@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
+from torch import nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
@@ -24,6 +25,7 @@ from tqdm import tqdm
 MAY_CHANGE = {"total_steps", "log_every", "sample_every", "eval_every", "save_every", "device", "compile"}
 MAY_CHANGE |= {"runs_dir", "data_dir", "inception_weights", "track", "resume", "eval_only"}
 MAY_CHANGE |= {"eval_samples", "eval_features", "eval_split"}
+BATCH_NORM = nn.modules.batchnorm._BatchNorm  # all kinds
 SIGNALS: list[int] = []  # that asked this process to stop
 
 
@@ -153,6 +155,45 @@ def start(device: str) -> tuple[torch.device, int, int]:
     return device, rank, world_size
 
 
+def several() -> bool:
+    """Return whether more than one process trains this model."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def synchronise(models: dict, device: torch.device) -> None:
+    """Let batch norm take its statistics from all processes, where PyTorch can (GPUs); say so where not."""
+    modules = [model for model in models.values() if isinstance(model, nn.Module)]
+    modules = [m for m in modules if any(isinstance(part, BATCH_NORM) for part in m.modules())]
+    if several() and device.type == "cuda":
+        for module in modules:
+            nn.SyncBatchNorm.convert_sync_batchnorm(module)  # in place: none is itself a batch norm
+    elif several() and modules and dist.get_rank() == 0:
+        print("batch norm takes each process's own batch: PyTorch synchronises it on GPUs only")
+
+
+def for_sampling(module: nn.Module, sample_bn: str) -> nn.Module:
+    """Put module in evaluation mode, with the statistics of the batch at hand for sample_bn = "batch".
+
+    Those of this process alone: it may be the only one that samples, or have more batches than others.
+    """
+    for part in module.eval().modules():
+        if sample_bn == "batch" and isinstance(part, BATCH_NORM):
+            part.running_mean = part.running_var = None  # what is left is the batch
+    return module
+
+
+def check_replicas(models: dict, step: int) -> None:
+    """Raise Failed, on every process, unless all of them hold the same weights to the bit."""
+    if not several():
+        return
+    modules = [model for model in models.values() if isinstance(model, nn.Module)]
+    bits = [p.detach().flatten().view(torch.int32).sum() for module in modules for p in module.parameters()]
+    ends = torch.stack([torch.stack(bits), -torch.stack(bits)])
+    dist.all_reduce(ends, dist.ReduceOp.MAX)  # largest, and minus the smallest
+    if ends.sum(0).any():
+        raise Failed(f"the weights of the processes differ at step {step}; the last checkpoint is good")
+
+
 def mix(*numbers: int) -> int:
     """Return a 63-bit seed on which every bit of every number has a bearing (NumPy's SeedSequence)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -160,7 +201,7 @@ def mix(*numbers: int) -> int:
 
 def stop_asked(step: int) -> bool:
     """Return whether SIGTERM or Ctrl-C came. Several processes agree on it, at every tenth step."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not several():
         return bool(SIGNALS)
     if step % 10 > 0:
         return False
@@ -173,7 +214,8 @@ def stop_asked(step: int) -> bool:
 def leave(writer, folder: Path, step: int) -> None:
     """Exit with the status that the signal has by convention, saying how to go on."""
     writer.close()
-    print(f"stopped by signal {SIGNALS[0]} after step {step}; go on with --resume {folder}")
+    if not several() or dist.get_rank() == 0:  # which alone knows the folder
+        print(f"stopped by signal {SIGNALS[0]} after step {step}; go on with --resume {folder}")
     sys.exit(128 + SIGNALS[0])
 
 
@@ -246,6 +288,7 @@ def save_results(folder: Path, args, step: int, metrics: dict, protocol: dict, r
 
 def save_checkpoint(folder: Path, args, script: str, step: int, models: dict, rank: int) -> None:
     """Write folder/checkpoint.pt whole or not at all; what is not finite never enters one (Failed)."""
+    check_replicas(models, step)
     if rank > 0:
         return
     state = {name: model.state_dict() for name, model in models.items()}
@@ -287,4 +330,5 @@ def load_checkpoint(args, script: str, models: dict) -> int:
     require(not changed, "--resume", args.resume, f"without a change of {', '.join(changed)}")
     for name, model in models.items():
         model.load_state_dict(state[name])
+    check_replicas(models, state["step"])
     return state["step"]
