@@ -145,7 +145,7 @@ DEFAULTS = {
     "digits": dict(  # ours
         image_size=8, total_steps=1000, width=16, learning_rate=1e-3, eval_every=250, eval_features="pixels"),
     "toys": dict(  # ours
-        total_steps=5000, batch_size=256, width=128, latent_dim=2, learning_rate=5e-4,
+        total_steps=5000, batch_size=256, width=128, latent_dim=2, learning_rate=2e-4,
         eval_every=500, lambda_scale=0.1, critic_norm="none"),
 }  # fmt: skip
 CONSTRAINTS = {  # [C] of [P], and of [B] for the penalty; Deviation 13
