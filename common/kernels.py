@@ -279,7 +279,7 @@ class _FusedMMD2(torch.autograd.Function):
             for i, j, h_ij in [(a, b, h), (b, a, h.T)][: 1 if a is b else 2]:
                 if (need_x and i.start < n) or (need_y and i.stop > n):
                     h1[i].add_(h_ij.sum(1), alpha=4 if a is b else 2)
-                    depth = 16 if whole else 128  # sums in parts: the large terms of duplicates cancel better
+                    depth = 24 if whole else 128  # sums in parts: large terms of close pairs cancel better
                     for part in zip(h_ij.split(depth, 1), z[j].split(depth)):
                         hz[i].addmm_(*part, alpha=-4 if a is b else -2)
         ctx.save_for_backward(x, y, hz.addcmul_(h1[:, None], z))
