@@ -30,12 +30,15 @@ Deviations from the paper [P], which has no code; [W] is that of Gulrajani et al
      On toys biases start as PyTorch's, where [W] has 0 and no norm: else F could not see how far a point is.
   5. tanh and pixels in [-1, 1] for grey images too, where [W] has a sigmoid; weights from N(0, 0.02^2) for
      all images, as [W]'s for 64x64.
-  6. Networks for images that are not 28, 32 or 64 pixels; fewer steps on toys than [W]'s 100,000: ours.
+  6. Networks for images that are not 28, 32 or 64 pixels: ours. So is what toys are trained with: [W] has
+     100,000 steps at 1e-4 for both players, width 512, 5 mapper updates and lambda 0.1, and with few steps
+     of that kind the mapper runs ahead and the generator drops modes.
   7. --kernel laplacian and rq, the latter with the alphas of Binkowski et al. 2018: [P] has rbf alone.
 
 Usage:
     python gamn.py
-    python gamn.py --dataset 25gaussians --regularizer l1
+    python gamn.py --dataset 25gaussians --ema-decay 0.995
+    python gamn.py --regularizer l1 --feature-dim 2
     python gamn.py --dataset cifar10 --feature-dim 3
 """
 
@@ -94,10 +97,10 @@ class Args:
     kernel: Literal["rbf", "laplacian", "rq"] = "rbf"  # of the mapper's features; the paper's is rbf
     bandwidths: tuple[float, ...] | None = None  # (None: 1 2 4 8 16; toys .05 to 1); not given in the paper
     regularizer: Literal["gp", "l1", "l2", "weight-decay"] = "gp"  # Reg in the mapper's loss
-    lambda_reg: float | None = None  # of Reg (None: gp 10, on toys 0.1; others 1e-3); not given in the paper
+    lambda_reg: float | None = None  # of Reg (None: gp 10, on toys 1; others 1e-3); not given in the paper
     gp_target: float = 1.0  # norm of the gradient that gp asks for
     data_mmd_weight: float = 0.0  # w of M_data in the generator's loss; not given in the paper
-    n_critic: int = 5  # mapper updates per round; not given in the paper
+    n_critic: int | None = None  # mapper updates per round (None: 5, on toys 2); not given in the paper
     n_generator: int = 1  # generator updates per round; not given in the paper
     feature_dim: int = 10  # dimension d of the mapper's output
     latent_dim: int | None = None  # dimension of the generator's input z ~ N(0, I); not given in the paper
@@ -111,19 +114,20 @@ class Args:
 DEFAULTS = {
     "images": dict(
         image_size=64, total_steps=200_000, batch_size=64, width=64, latent_dim=128, learning_rate=1e-4,
-        critic_learning_rate=1e-4, eval_every=12_500, eval_features="inception", eval_split="train",
-        sample_bn="batch",
+        critic_learning_rate=1e-4, n_critic=5, eval_every=12_500, eval_features="inception",
+        eval_split="train", sample_bn="batch",
     ),
     "cifar10": dict(image_size=32, width=128),
+    "stl10": dict(image_size=48),  # ours
     "mnist": dict(image_size=28, batch_size=50, eval_features="pixels"),  # fashion-mnist too
     "digits": dict(
         image_size=8, total_steps=1000, width=32, latent_dim=32, learning_rate=1e-3,
         critic_learning_rate=1e-3, eval_every=500, eval_features="pixels",
     ),  # ours
     "toys": dict(
-        total_steps=2000, batch_size=256, width=512, latent_dim=2, learning_rate=5e-4,
-        critic_learning_rate=5e-4, eval_every=500, sample_bn="running",
-    ),  # steps and learning rates: ours
+        total_steps=4000, batch_size=256, width=256, latent_dim=2, learning_rate=5e-4, n_critic=2,
+        critic_learning_rate=1e-4, eval_every=500, sample_bn="running",
+    ),  # ours
 }  # fmt: skip
 VALUE_RANGE = (-1.0, 1.0)
 LEAST = {"lambda_reg": 0, "gp_target": 0, "data_mmd_weight": 0, "n_generator": 1}  # bounds of the above
@@ -135,7 +139,7 @@ def resolve(args: Args) -> Args:
     """Return args with its data set's values where None stands; BadInput if they make no run."""
     defaults = DEFAULTS["images"], DEFAULTS.get(datasets.kind(args.dataset), {})
     toy = args.dataset in datasets.TOYS
-    method = {"lambda_reg": 1e-3 if args.regularizer != "gp" else 0.1 if toy else 10.0}
+    method = {"lambda_reg": 1e-3 if args.regularizer != "gp" else 1.0 if toy else 10.0}
     bandwidths = (0.05, 0.1, 0.2, 0.5, 1.0) if toy else (1.0, 2.0, 4.0, 8.0, 16.0)
     bandwidths = (0.2, 0.5, 1.0, 2.0, 5.0) if args.kernel == "rq" else bandwidths  # Deviation 7
     return run.resolve(args, *defaults, method, {"bandwidths": bandwidths}, least=LEAST)
@@ -330,7 +334,7 @@ def train(args: Args) -> dict[str, float]:
         metrics.update(evaluator.metrics(sample))
         for name, value in metrics.items():
             writer.add_scalar(f"eval/{name}", value, step)
-        run.save_results(folder, step, metrics, evaluator.protocol, rank)
+        run.save_results(folder, args, step, metrics, evaluator.protocol, rank)
 
     def picture() -> None:
         if rank == 0:
@@ -342,7 +346,7 @@ def train(args: Args) -> dict[str, float]:
     if args.eval_only:
         evaluate()
         picture()
-        run.save_samples(folder, evaluator.samples(sample), rank)
+        evaluator.save(folder / "samples.npz", sample)
         writer.close()
         return metrics
     if step == 0:
@@ -420,8 +424,7 @@ def train(args: Args) -> dict[str, float]:
         if due(args.save_every) or stopping:
             save()
         if stopping:
-            writer.close()
-            run.leave(folder, step)
+            run.leave(writer, folder, step)
 
     writer.close()
     if rank == 0:

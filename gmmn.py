@@ -98,10 +98,12 @@ class Args:
 # [C]'s settings for MNIST; bandwidths: square roots of its variances.
 DEFAULTS = {
     "images": dict(
-        image_size=32, total_steps=40_000, batch_size=1000, width=1024, ae_steps=3000, latent_dim=10,
+        image_size=64, total_steps=40_000, batch_size=1000, width=1024, ae_steps=3000, latent_dim=10,
         bandwidths=(1.4142, 2.2361, 3.1623, 4.4721, 6.3246, 8.9443), optimizer="sgd", learning_rate=2.0,
         drop_step=10_000, eval_every=5000, eval_features="inception", eval_split="train", sample_bn="running",
     ),
+    "cifar10": dict(image_size=32),
+    "stl10": dict(image_size=48),
     "mnist": dict(image_size=28, eval_features="pixels"),  # fashion-mnist too
     "digits": dict(
         image_size=8, total_steps=4000, batch_size=500, width=512, drop_step=3000, eval_every=1000,
@@ -312,7 +314,7 @@ def train(args: Args) -> dict[str, float]:
         metrics.update(evaluator.metrics(sample))
         for name, value in metrics.items():
             writer.add_scalar(f"eval/{name}", value, step)
-        run.save_results(folder, step, metrics, evaluator.protocol, rank)
+        run.save_results(folder, args, step, metrics, evaluator.protocol, rank)
 
     def picture() -> None:
         if rank == 0:
@@ -324,7 +326,7 @@ def train(args: Args) -> dict[str, float]:
     if args.eval_only:
         evaluate()
         picture()
-        run.save_samples(folder, evaluator.samples(sample), rank)
+        evaluator.save(folder / "samples.npz", sample)
         writer.close()
         return metrics
     if step == 0:
@@ -344,8 +346,7 @@ def train(args: Args) -> dict[str, float]:
         if (args.save_every and update % args.save_every == 0) or update == ae_total or stopping:
             save()
         if stopping:
-            writer.close()
-            run.leave(folder, update)
+            run.leave(writer, folder, update)
     encode = autoencoder.eval().encode if args.autoencoder else nn.Flatten()
 
     begin, begin_step = time.time(), step
@@ -393,8 +394,7 @@ def train(args: Args) -> dict[str, float]:
         if due(args.save_every) or stopping:
             save()
         if stopping:
-            writer.close()
-            run.leave(folder, step)
+            run.leave(writer, folder, step)
 
     writer.close()
     if rank == 0:

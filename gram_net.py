@@ -116,6 +116,7 @@ DEFAULTS = {
         eval_features="inception", eval_split="train", sample_bn="batch",
     ),
     "cifar10": dict(image_size=32, eval_split="test"),
+    "stl10": dict(image_size=48),  # ours
     "mnist": dict(
         image_size=28, total_steps=5000, batch_size=200, width=16, bandwidths=(0.1, 1.0, 10.0, 100.0),
         feature_dim=100, latent_dim=100, learning_rate=1e-3, critic_learning_rate=1e-3, eval_every=1000,
@@ -363,7 +364,7 @@ def train(args: Args) -> dict[str, float]:
         metrics.update(evaluator.metrics(sample))
         for name, value in metrics.items():
             writer.add_scalar(f"eval/{name}", value, step)
-        run.save_results(folder, step, metrics, evaluator.protocol, rank)
+        run.save_results(folder, args, step, metrics, evaluator.protocol, rank)
 
     def picture() -> None:
         if rank == 0:
@@ -375,7 +376,7 @@ def train(args: Args) -> dict[str, float]:
     if args.eval_only:
         evaluate()
         picture()
-        run.save_samples(folder, evaluator.samples(sample), rank)
+        evaluator.save(folder / "samples.npz", sample)
         writer.close()
         return metrics
     if step == 0:
@@ -387,7 +388,6 @@ def train(args: Args) -> dict[str, float]:
         torch.manual_seed(run.mix(args.seed, 0, step, rank))  # whatever is random depends on the step alone
         real = data.batch(step - 1)
         noise = draw_noise(len(real), args, device)
-
         # Both players from one graph: simultaneous updates, Algorithm 1.
         with autocast:
             fake = generator(noise)
@@ -425,8 +425,7 @@ def train(args: Args) -> dict[str, float]:
         if due(args.save_every) or stopping:
             save()
         if stopping:
-            writer.close()
-            run.leave(folder, step)
+            run.leave(writer, folder, step)
 
     writer.close()
     if rank == 0:

@@ -112,6 +112,8 @@ DEFAULTS = {
         learning_rate=2e-4, critic_learning_rate=1e-4, eval_every=12_500, eval_features="inception",
         eval_split="train", sample_bn="running"),
     "cifar10": dict(image_size=32, critic_learning_rate=5e-4),
+    "stl10": dict(image_size=48, critic_learning_rate=2e-4),
+    "lsun-bedroom": dict(learning_rate=1e-4, critic_learning_rate=2e-4),
     "mnist": dict(image_size=28, critic_learning_rate=5e-4, eval_features="pixels"),  # ours
     "digits": dict(image_size=8, total_steps=2000, width=32, eval_every=500, eval_features="pixels"),  # ours
     "toys": dict(total_steps=10_000, batch_size=256, width=512, latent_dim=2, eval_every=1000),  # ours
@@ -244,14 +246,13 @@ class Critic(nn.Module):
 
 # --- losses ----------------------------------------------------------------------------------------
 
-LOWER_BOUND, UPPER_BOUND = 0.25, 4.0  # b_l and b_u of squared distances, Eqs. (6) and (7)
-
 
 def bounded(d2_xx: Tensor, d2_xy: Tensor, d2_yy: Tensor, lam: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return d2 (n, n) as rbf-b has it: pairs pushed apart bounded above, pairs pulled together below."""
-    d2_xx = d2_xx.clamp_max(UPPER_BOUND) if lam > 0 else d2_xx.clamp_min(LOWER_BOUND)
-    d2_xy = d2_xy.clamp_max(UPPER_BOUND) if lam < 1 else d2_xy.clamp_min(LOWER_BOUND)  # Deviation 3
-    return d2_xx, d2_xy, d2_yy.clamp_min(LOWER_BOUND)
+    b_l, b_u = 0.25, 4.0  # Eqs. (6) and (7)
+    d2_xx = d2_xx.clamp_max(b_u) if lam > 0 else d2_xx.clamp_min(b_l)
+    d2_xy = d2_xy.clamp_max(b_u) if lam < 1 else d2_xy.clamp_min(b_l)  # Deviation 3
+    return d2_xx, d2_xy, d2_yy.clamp_min(b_l)
 
 
 def critic_loss(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor, lam: float) -> Tensor:
@@ -364,7 +365,7 @@ def train(args: Args) -> dict[str, float]:
         metrics.update(evaluator.metrics(sample))
         for name, value in metrics.items():
             writer.add_scalar(f"eval/{name}", value, step)
-        run.save_results(folder, step, metrics, evaluator.protocol, rank)
+        run.save_results(folder, args, step, metrics, evaluator.protocol, rank)
 
     def picture() -> None:
         if rank == 0:
@@ -376,7 +377,7 @@ def train(args: Args) -> dict[str, float]:
     if args.eval_only:
         evaluate()
         picture()
-        run.save_samples(folder, evaluator.samples(sample), rank)
+        evaluator.save(folder / "samples.npz", sample)
         writer.close()
         return metrics
     if step == 0:
@@ -388,7 +389,6 @@ def train(args: Args) -> dict[str, float]:
         torch.manual_seed(run.mix(args.seed, 0, step, rank))  # whatever is random depends on the step alone
         real = data.batch(step - 1).requires_grad_(args.lambda_gp > 0)
         noise = draw_noise(len(real), args, device)
-
         # Both players from one graph: simultaneous updates, one critic step per generator step (Deviation 9).
         with autocast:
             fake = generator(noise)
@@ -426,8 +426,7 @@ def train(args: Args) -> dict[str, float]:
         if due(args.save_every) or stopping:
             save()
         if stopping:
-            writer.close()
-            run.leave(folder, step)
+            run.leave(writer, folder, step)
 
     writer.close()
     if rank == 0:

@@ -1,32 +1,56 @@
 """Data sets as batches that are a pure function of (seed, i): no loader, no workers, no state to save.
 
-Images are kept as uint8 on the device of training until the batch is made; the toys are drawn afresh.
+Images are kept as uint8 until the batch is made, on the device of training where they fit, else in a memory
+map that a thread reads ahead; the toys are drawn afresh.
 """
 
 import codecs
+import hashlib
+import io
 import math
+import os
 import pickle
+import shutil
+import sys
 import tarfile
-import zlib
+import warnings
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
+from filelock import FileLock
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2.functional import center_crop, resize
 from tqdm import tqdm
 
-from common.run import BadInput, mix, require
+from common.run import SIGNALS, BadInput, mix, require
 
 TOYS = {"8gaussians": 2, "25gaussians": 2, "swissroll": 2, "ring2d": 2, "ring3d": 3}  # name: dimension
 SWISSROLL_STD = 0.25 / 7.5
-IMAGES = ("digits", "mnist", "fashion-mnist", "cifar10")
-CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-CIFAR10_MD5 = "c58f30108f718f92721af3b95e74349a"
+IMAGES = {  # name: what has to be under --data-dir, and where it comes from
+    "digits": "scikit-learn",
+    "mnist": "MNIST/raw/ with the four files of https://ossci-datasets.s3.amazonaws.com/mnist/, unpacked",
+    "fashion-mnist": "FashionMNIST/raw/ with the four files of https://github.com/zalandoresearch/fashion-mnist,"
+    " unpacked",
+    "cifar10": "cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/, packed or not",
+    "stl10": "stl10_binary/ of http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",
+    "celeba": "celeba/img_align_celeba/ (img_align_celeba.zip, unpacked) and celeba/list_eval_partition.txt"
+    " of https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
+    "lsun-bedroom": "lsun/bedroom_train_lmdb/ and lsun/bedroom_val_lmdb/ (and: pip install lmdb) of"
+    " http://dl.yf.io/lsun/scenes/, or images exported from those to lsun/bedroom_train/ and bedroom_val/",
+    "imagenet": "imagenet/train/ and imagenet/val/ with the images, in folders or not, of"
+    " ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar of https://image-net.org",
+}
+LARGE = {"stl10": 48, "celeba": 64, "lsun-bedroom": 64, "imagenet": 64}  # converted once; name: default size
+IN_MEMORY = 4e9  # bytes; of more images a memory map is read
+LANCZOS = Image.Resampling.LANCZOS
+CHUNK = 1024  # images converted, and made safe on the disk, at a time
 IMAGE_FILES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 
 
@@ -43,12 +67,12 @@ class Batches:
     seed: int
     rank: int
     world_size: int
+    device: torch.device
 
     def __post_init__(self) -> None:
-        n, expected = self.world_size, f"a multiple of the {self.world_size} processes, at least 2 for each"
-        require(
-            self.batch_size % n == 0 and self.batch_size >= 2 * n, "--batch-size", self.batch_size, expected
-        )
+        n, size = self.world_size, self.batch_size
+        expected = f"a multiple of the {n} processes, at least 2 for each"
+        require(size % n == 0 and size >= 2 * n, "--batch-size", size, expected)
 
     def part(self, whole: Tensor) -> Tensor:
         """Return this process's rows of the global batch."""
@@ -60,8 +84,6 @@ class Batches:
 class Toy(Batches):
     """Points without end: batch i is drawn with a generator of its own."""
 
-    device: torch.device
-
     def batch(self, i: int) -> Tensor:
         """Return batch i, (batch_size / world_size, d) float32."""
         return self.part(draw_toy(self.name, self.batch_size, mix(self.seed, 3, i))).to(self.device)
@@ -69,33 +91,53 @@ class Toy(Batches):
 
 @dataclass
 class Images(Batches):
-    """images: (N, c, h, w) uint8; value_range: what 0 and 255 become."""
+    """images: (N, c, h, w) uint8; value_range: what 0 and 255 become; split: which of the set they are.
+
+    Of images that are more than IN_MEMORY, or not on the device, one thread gathers the next batch while this
+    one is used.
+    """
 
     images: Tensor
     value_range: tuple[float, float]
+    split: str = "train"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         n = len(self.images)
-        require(
-            self.batch_size <= n, "--batch-size", self.batch_size, f"at most {n}, the size of {self.name}"
-        )
-        self.epoch = -1
+        expected = f"at most {n}, the size of {self.name}"
+        require(self.batch_size <= n, "--batch-size", self.batch_size, expected)
+        self.epoch = self.next = -1
+        here = self.images.device.type == self.device.type and self.images.nbytes <= IN_MEMORY
+        self.reader = None if here else ThreadPoolExecutor(1)
 
     def batch(self, i: int) -> Tensor:
         """Return batch i, (batch_size / world_size, c, h, w) float32 in value_range.
 
         Every epoch is a new order of all images; a rest smaller than a batch is left for another epoch.
         """
+        if self.reader is None:
+            chosen = self.images[self.rows(i)]
+        else:
+            ahead = self.ahead if i == self.next else self.reader.submit(self.gather, i)
+            self.next, self.ahead = i + 1, self.reader.submit(self.gather, i + 1)
+            chosen = ahead.result().to(self.device, non_blocking=True)
+        low, high = self.value_range
+        return chosen.float().mul_((high - low) / 255).add_(low)
+
+    def rows(self, i: int) -> Tensor:
+        """Return which images are this process's part of batch i."""
         epoch, position = divmod(i, len(self.images) // self.batch_size)
         if epoch != self.epoch:
             generator = torch.Generator().manual_seed(mix(self.seed, 4, epoch))
             order = torch.randperm(len(self.images), generator=generator)
             self.epoch, self.order = epoch, order.to(self.images.device)
         start = position * self.batch_size
-        low, high = self.value_range
-        chosen = self.images[self.part(self.order[start : start + self.batch_size])]
-        return chosen.float().mul_((high - low) / 255).add_(low)
+        return self.part(self.order[start : start + self.batch_size])
+
+    def gather(self, i: int) -> Tensor:
+        """Return batch i as uint8. NumPy reads it on one thread, and lets the others run meanwhile."""
+        chosen = torch.from_numpy(np.take(self.images.numpy(), self.rows(i).numpy(), 0))
+        return chosen.pin_memory() if self.device.type == "cuda" else chosen
 
 
 def kind(name: str) -> str:
@@ -120,11 +162,14 @@ def load(args, split: str, value_range: tuple[float, float], device, rank: int, 
     Raises:
         BadInput: an unknown name, missing or damaged files, a set smaller than a batch.
     """
-    batches = args.batch_size, args.seed, rank, world_size
+    batches = args.batch_size, args.seed, rank, world_size, device
     if args.dataset in TOYS:
-        return Toy(args.dataset, (TOYS[args.dataset],), *batches, device)
+        return Toy(args.dataset, (TOYS[args.dataset],), *batches)
     images = load_images(args.dataset, args.data_dir, args.image_size, split)
-    return Images(args.dataset, tuple(images.shape[1:]), *batches, images.to(device), value_range)
+    room = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else IN_MEMORY
+    if images.nbytes <= min(room, IN_MEMORY):
+        images = images.to(device)
+    return Images(args.dataset, tuple(images.shape[1:]), *batches, images, value_range, split)
 
 
 # --- toys ----------------------------------------------------------------------------------------
@@ -176,44 +221,47 @@ def draw_toy(name: str, n: int, seed: int) -> Tensor:
 def load_images(name: str, data_dir: str, image_size: int | None, split: str) -> Tensor:
     """Return all images of a split as uint8 (N, c, h, w), resized where image_size asks for it.
 
+    split: of stl10 train is the unlabelled images; of lsun-bedroom and imagenet test is their validation
+    images; of celeba all has its validation images too.
+
     Raises:
         BadInput: as load.
     """
-    if name.startswith("folder:"):
-        require(image_size is not None, "--image-size", image_size, "given with --dataset folder:PATH")
-        require(split == "train", "--eval-split", split, "train: a folder has no other")
-        return read_folder(Path(name.removeprefix("folder:")), image_size)
+    folder, data_dir = name.startswith("folder:"), Path(data_dir)
     names = f"one of {', '.join((*TOYS, *IMAGES))}, or folder:PATH"
-    require(name in IMAGES, "--dataset", name, names)
-    if name == "digits":
-        require(split == "train", "--eval-split", split, "train: digits has no other")
-    parts = [
-        _read(name, Path(data_dir), part) for part in (("train", "test") if split == "all" else (split,))
-    ]
-    images = torch.cat(parts)
+    require(folder or name in IMAGES, "--dataset", name, names)
+    if folder or name == "digits":
+        require(split == "train", "--eval-split", split, f"train: {kind(name)} has no other")
+    require(image_size or not folder, "--image-size", image_size, "given with --dataset folder:PATH")
+    parts = ("train", "test") if split == "all" else (split,)
+    try:
+        if folder or name in LARGE:
+            return _convert(name, data_dir, image_size or LARGE[name], parts)
+        images = torch.cat([_read(name, data_dir, part) for part in parts])
+    except BadInput:
+        raise
+    except Exception as error:  # whatever a reader says of files that are not there or not whole
+        require(not folder, "--dataset", name, f"a folder with images ({error})")
+        problem = f"not found or damaged under {data_dir} ({str(error) or repr(error):.300})"
+        raise BadInput(f"--dataset {name}: {problem}; put there {IMAGES[name]}") from error
     if image_size not in (None, images.shape[-1]):
         images = torch.cat([resize(chunk, [image_size] * 2) for chunk in images.split(1000)])
     return images
 
 
-def _read(name: str, data_dir: Path, split: str) -> Tensor:
-    try:
-        if name == "digits":
-            from sklearn.datasets import load_digits
+# --- small sets ----------------------------------------------------------------------------------
 
-            images = torch.from_numpy(load_digits().images)  # 17 grey levels, 0 to 16
-            return (images * (255 / 16)).round().to(torch.uint8)[:, None]
-        if name == "cifar10":
-            return read_cifar10(data_dir, split)
-        loader = torchvision.datasets.MNIST if name == "mnist" else torchvision.datasets.FashionMNIST
-        return loader(data_dir, train=split == "train", download=True).data[:, None]
-    except BadInput:
-        raise
-    except Exception as error:  # whatever a reader says of files that are not there or not whole
-        raise BadInput(
-            f"--dataset {name}: not found or damaged under {data_dir}, and could not be downloaded there"
-            f" ({str(error) or repr(error):.150})"
-        ) from error
+
+def _read(name: str, data_dir: Path, split: str) -> Tensor:
+    if name == "digits":
+        from sklearn.datasets import load_digits
+
+        images = torch.from_numpy(load_digits().images)  # 17 grey levels, 0 to 16
+        return (images * (255 / 16)).round().to(torch.uint8)[:, None]
+    if name == "cifar10":
+        return read_cifar10(data_dir, split)
+    loader = torchvision.datasets.MNIST if name == "mnist" else torchvision.datasets.FashionMNIST
+    return loader(data_dir, train=split == "train", download=True).data[:, None]
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -221,12 +269,8 @@ class ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> object:
         reconstruct = np.ndarray(0).__reduce__()[0]  # its module differs between versions of NumPy
-        allowed = {
-            "_reconstruct": reconstruct,
-            "ndarray": np.ndarray,
-            "dtype": np.dtype,
-            "encode": codecs.encode,
-        }
+        allowed = {"_reconstruct": reconstruct, "encode": codecs.encode}
+        allowed |= {"ndarray": np.ndarray, "dtype": np.dtype}
         if module.split(".")[0] in ("numpy", "_codecs") and name in allowed:
             return allowed[name]
         raise pickle.UnpicklingError(f"holds {module}.{name}, which image data does not need")
@@ -236,32 +280,14 @@ def read_cifar10(data_dir: Path, split: str) -> Tensor:
     """Return CIFAR-10 as uint8 (N, 3, 32, 32) from cifar-10-batches-py/ or cifar-10-python.tar.gz."""
     folder, archive = data_dir / "cifar-10-batches-py", data_dir / "cifar-10-python.tar.gz"
     names = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
-    if not folder.exists() and not archive.exists():
-        try:
-            torchvision.datasets.utils.download_url(CIFAR10_URL, data_dir, archive.name, CIFAR10_MD5)
-        except Exception as error:
-            raise BadInput(
-                f"--dataset cifar10: {archive} is missing and could not be downloaded ({error});"
-                f" put the file from {CIFAR10_URL} there"
-            ) from error
-    try:
-        if folder.exists():
-            arrays = [_cifar_images((folder / name).open("rb")) for name in names]
-        else:
-            with tarfile.open(archive) as files:
-                arrays = [_cifar_images(files.extractfile(f"{folder.name}/{name}")) for name in names]
-        return torch.from_numpy(np.concatenate(arrays))
-    except (
-        OSError,
-        EOFError,
-        KeyError,
-        ValueError,
-        zlib.error,
-        tarfile.TarError,
-        pickle.UnpicklingError,
-    ) as e:
-        source = folder if folder.exists() else archive
-        raise BadInput(f"--dataset cifar10: {source} is damaged or incomplete ({e}); delete it") from e
+    if folder.exists():
+        return torch.from_numpy(np.concatenate([_cifar_images((folder / name).open("rb")) for name in names]))
+    if not archive.exists():
+        cifar10 = torchvision.datasets.CIFAR10
+        torchvision.datasets.utils.download_url(cifar10.url, data_dir, archive.name, cifar10.tgz_md5)
+    with tarfile.open(archive) as files:
+        arrays = [_cifar_images(files.extractfile(f"{folder.name}/{name}")) for name in names]
+    return torch.from_numpy(np.concatenate(arrays))
 
 
 def _cifar_images(file) -> np.ndarray:
@@ -272,20 +298,146 @@ def _cifar_images(file) -> np.ndarray:
     return data.reshape(-1, 3, 32, 32)
 
 
-def read_folder(path: Path, image_size: int) -> Tensor:
-    """Return every image below path as uint8 (N, 3, s, s): shorter side scaled to s, centre cropped."""
-    require(path.is_dir(), "--dataset", f"folder:{path}", "an existing folder")
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_FILES and f.is_file())
-    require(len(files) > 0, "--dataset", f"folder:{path}", "a folder that holds images, of which it has none")
+# --- large sets ----------------------------------------------------------------------------------
 
-    def read(file: Path) -> Tensor:
-        try:
-            with Image.open(file) as image:
-                small = center_crop(resize(image.convert("RGB"), image_size), image_size)
-                return torch.from_numpy(np.array(small)).permute(2, 0, 1)
-        except Exception as error:  # Pillow's decoders raise what they like
-            raise BadInput(f"--dataset folder:{path}: {file} cannot be read ({error})") from error
 
-    with ThreadPoolExecutor() as pool:
-        images = tqdm(pool.map(read, files), total=len(files), desc=f"reading {path}", disable=None)
-        return torch.stack(list(images))
+def _convert(name: str, data_dir: Path, size: int, parts: tuple[str, ...]) -> Tensor:
+    """Return a large set or a folder as uint8 (N, 3, size, size), converted where that was not done before.
+
+    The cache is one file, data_dir/cache/NAME-PARTS-SIZE-KEY.npy. Its key names what the images depend on:
+    the crop, and name, size and time of every file that they come from.
+    """
+    root = Path(name.removeprefix("folder:")) if name.startswith("folder:") else data_dir
+    count, items, files = _find(name, root, parts)
+    key = hashlib.sha256(b"crop 1")
+    for file in files:
+        stat = os.stat(file)
+        key.update(f"{str(file).removeprefix(str(root))} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    cache = f"{kind(name)}-{'+'.join(parts)}-{size}-{key.hexdigest()[:16]}.npy"
+    path, shape = data_dir / "cache" / cache, (count, 3, size, size)
+    write_array(path, shape, items, lambda numbered: crop(name, size, *numbered))
+    images = np.load(path, mmap_mode="r" if math.prod(shape) > IN_MEMORY else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a map that cannot be written: one that can needs the memory
+        return torch.from_numpy(images)
+
+
+def _find(name: str, root: Path, parts: tuple[str, ...]) -> tuple[int, Iterable, list]:
+    """Return how many images there are; the images, as yet encoded; and the files that they come from."""
+    if name == "stl10":
+        folder, stl10 = root / "stl10_binary", torchvision.datasets.STL10
+        if not folder.exists():
+            utils, unpacked = torchvision.datasets.utils, root / "stl10.partial"
+            with FileLock(root / "stl10.lock"):
+                if not folder.exists():
+                    options = dict(md5=stl10.tgz_md5, remove_finished=True)
+                    utils.download_and_extract_archive(stl10.url, root, unpacked, **options)
+                    os.replace(unpacked / folder.name, folder)
+        files = [folder / ("unlabeled_X.bin" if part == "train" else "test_X.bin") for part in parts]
+        arrays = [np.memmap(file, np.uint8, "r").reshape(-1, 3, 96, 96) for file in files]
+        return sum(map(len, arrays)), chain(*arrays), files
+    if name == "celeba":
+        words = (root / "celeba/list_eval_partition.txt").read_text().split()
+        codes = {("train",): "0", ("test",): "2"}.get(parts, "012")
+        names = [file for file, code in zip(words[::2], words[1::2]) if code in codes]
+        files = [f"{root}/celeba/img_align_celeba/{file}" for file in names]
+        return len(files), files, files
+    lsun = name == "lsun-bedroom"
+    parts = ["train" if part == "train" else "val" for part in parts]
+    folders = [f"{root}/lsun/bedroom_{part}" if lsun else f"{root}/imagenet/{part}" for part in parts]
+    folders = [str(root)] if name.startswith("folder:") else folders
+    found = [_lmdb(f"{f}_lmdb") if lsun and os.path.isdir(f"{f}_lmdb") else _files(f) for f in folders]
+    counts, items, files = zip(*found)
+    if 0 in counts:
+        raise FileNotFoundError(f"no image below {folders[counts.index(0)]}")
+    return sum(counts), chain(*items), [*chain(*files)]
+
+
+def _files(folder: str) -> tuple[int, list[str], list[str]]:
+    found = [os.path.join(place, file) for place, _, files in os.walk(folder) for file in files]
+    found = sorted(file for file in found if os.path.splitext(file)[1].lower() in IMAGE_FILES)
+    return len(found), found, found
+
+
+def _lmdb(folder: str) -> tuple[int, Iterable, list[str]]:
+    import lmdb
+
+    env = lmdb.open(folder, readonly=True, lock=False, readahead=False, meminit=False)
+    keys = env.begin().cursor().iternext(values=False)
+    return env.stat()["entries"], ((env, key) for key in keys), [f"{folder}/data.mdb"]
+
+
+def crop(name: str, size: int, number: int, item: str | np.ndarray | tuple) -> np.ndarray:
+    """Return image number of a set as uint8 (3, size, size), cut and scaled as the set's papers do.
+
+    item: a file's name, pixels (3, width, height), or LMDB's environment and key.
+    celeba: covers 72x88, of which the central 64x64 is left (Wang et al. 2019), and so in proportion; at 160
+    any 160x160 of the central 178x178, half of them mirrored (Arbel et al. 2018), drawn once for each image.
+    imagenet: by way of 256x256 (Arbel et al. 2018). Others: shorter side to size, central square.
+    """
+    what = item if isinstance(item, str) else f"image {number}"
+    try:
+        if isinstance(item, tuple):
+            with item[0].begin() as transaction:
+                item = io.BytesIO(transaction.get(item[1]))
+        image = Image.fromarray(item.transpose(2, 1, 0)) if isinstance(item, np.ndarray) else Image.open(item)
+        with image:
+            image = image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise what they like
+        raise BadInput(f"--dataset {name}: {what} cannot be read ({error})") from error
+    if name == "celeba" and size == 160:
+        left, top, mirrored = np.random.default_rng(number).integers((19, 19, 2))
+        image = center_crop(image, 178).crop((left, top, left + 160, top + 160))
+        image = ImageOps.mirror(image) if mirrored else image
+    elif name == "celeba":
+        image = center_crop(ImageOps.fit(image, (size * 9 // 8, size * 11 // 8), LANCZOS), size)
+    elif name == "imagenet" and size < 256:
+        image = ImageOps.fit(image, (256, 256), LANCZOS).resize((size, size), Image.Resampling.BILINEAR)
+    else:
+        image = ImageOps.fit(image, (size, size), LANCZOS)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def write_array(path: Path, shape: tuple[int, ...], items: Iterable, convert: Callable) -> None:
+    """Write convert((i, item)) of all items as uint8 to a .npy file, whole or not at all.
+
+    What a killed process left is gone on from, but for the last chunk, which may not have reached the disk.
+    One process writes, others wait for it. A file of another size or header is made anew.
+
+    Raises:
+        BadInput: the file cannot be written, or convert raised it. SystemExit: a signal asked to stop.
+    """
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    start, row, partial = header.getvalue(), math.prod(shape[1:]), path.with_suffix(".partial")
+    whole = len(start) + shape[0] * row
+
+    def size(file: Path) -> int:
+        return file.stat().st_size if file.exists() and file.open("rb").read(len(start)) == start else 0
+
+    if size(path) == whole:
+        return
+    print(f"{path} is made once, of {shape[0]:,} images", flush=True)
+    try:
+        with FileLock(path.with_suffix(".lock")), ThreadPoolExecutor() as pool:
+            if size(path) == whole:
+                return
+            done = max(0, size(partial) - len(start) - 1) // (CHUNK * row) * CHUNK
+            free, need = shutil.disk_usage(path.parent).free + size(partial), whole
+            require(free > need, "--data-dir", f"a disk with {free:,} free bytes", f"one with {need:,}")
+            bar = tqdm(total=shape[0], initial=done, desc="converting", unit="image", disable=None)
+            with open(partial, "ab") as file, bar:
+                file.truncate(len(start) + done * row if done else 0)
+                file.write(b"" if done else start)
+                numbered = islice(enumerate(items), done, None)
+                while chunk := list(islice(numbered, CHUNK)):
+                    if SIGNALS:
+                        print(f"stopped by signal {SIGNALS[0]}; the same command goes on from here")
+                        sys.exit(128 + SIGNALS[0])
+                    file.write(np.stack(list(pool.map(convert, chunk))))
+                    file.flush()
+                    os.fsync(file.fileno())
+                    bar.update(len(chunk))
+            os.replace(partial, path)
+    except OSError as error:
+        raise BadInput(f"--data-dir: {path} cannot be written ({error})") from error

@@ -1,139 +1,246 @@
-"""How good are the samples? Frechet distance and KID of images; coverage and a common MMD of toys.
+"""How good are the samples? FID, IS, KID, precision and recall of images; coverage and a common MMD of toys.
 
-On the published Inception weights the Frechet distance is called fid; on pixels or on other weights it is
-named for what it is. Statistics are computed in float64.
+    python -m common.evaluation REAL FAKE [--features pixels] [--ms-ssim] [--json FILE]
+
+compares two folders of images, .npy or .npz arrays, or data sets (cifar10, cifar10:test). On the published
+Inception weights the Frechet distance is called fid; on pixels or on other weights it is named for what it
+is. Statistics are computed in float64.
 """
 
 import hashlib
+import importlib.util
+import json
 import math
+import os
+import sys
+import uuid
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Literal
 
+import numpy as np
 import torch
+import torch.distributed as dist
+import tyro
+from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
 
-from common import datasets, kernels
+from common import datasets, kernels, run
 from common.run import BadInput, mix, require
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
     "weights-inception-2015-12-05-6726825d.pth"  # the sha256 of the file begins with 6726825d
 )
-CHUNK = 256  # samples generated and featurised at a time
+CHUNK = 256  # samples generated at a time, by one process
 TOY_SAMPLES = 2000
+TEST_SAMPLES = 2048  # in a three-sample test
 
 
 class Evaluator:
     """Compares samples with a reference; what it needs is found, or refused, when it is made.
 
-    protocol: what the numbers are, to be stored beside them.
+    Several processes share the work: all must call metrics and kernel_sums, and all get the same answer.
+
+    count: how many samples are evaluated. protocol: what the numbers are, to be stored beside them.
     """
 
     def __init__(self, args, data: datasets.Batches) -> None:
-        """Read dataset, data_dir, image_size, eval_samples, eval_features, eval_split, inception_weights.
+        """Read data_dir, device, eval_samples, eval_features, eval_split and inception_weights of args.
 
         Raises:
-            BadInput: no such split, fewer than 4 images, Inception weights that cannot be had.
+            BadInput: no such split, too few images, Inception weights that cannot be had.
         """
-        self.data, self.extractor = data, None
-        sampling = {"batch_norm": args.sample_bn, "ema_decay": args.ema_decay}
+        self.data, self.extractor, self.weights = data, pixels, None
+        self.device, self.rank, self.world_size = run.start(args.device)  # that of the run, if it has begun
         if data.name in datasets.TOYS:
             self.count = TOY_SAMPLES
-            self.protocol = {"samples": self.count, "mmd": "rbf, unbiased, data space"} | sampling
+            self.protocol = {"samples": self.count, "mmd": "rbf, unbiased, data space"}
             return
         images = data.images
-        if args.eval_split != "train":
+        if args.eval_split != data.split:
             images = datasets.load_images(data.name, args.data_dir, data.shape[-1], args.eval_split)
-        self.count = min(args.eval_samples, len(images))
-        require(self.count >= 4, "--eval-samples", self.count, "at least 4")
-        features, self.names = "pixels in [0, 1]", ("pixel_frechet", "pixel_kid", "pixel_mmd")
-        if args.eval_features == "inception":
-            self.extractor, weights = load_inception(args.inception_weights, data.images.device)
-            features = f"torch-fidelity inception-v3-compat, 2048, weights {weights}"
-            self.names = (f"frechet[{weights}]", f"kid[{weights}]", f"mmd[{weights}]")
-            if weights in INCEPTION_URL:
-                self.names = ("fid", "kid", "inception_mmd")
+        self.count = n = min(args.eval_samples, len(images))
+        require(n >= 10, "--eval-samples", n, "at least 10")
+        kid = "unbiased, cubic kernel, mean of 100 subsets of min(1000, n / 2); kid_se: jackknife"
+        self.protocol = {"samples": n, "reference": f"{n} of {args.eval_split}", "kid": kid}
+        if args.eval_features == "pixels":
+            expected = "inception for images larger than 3x64x64"
+            require(math.prod(data.shape) <= 3 * 64 * 64, "--eval-features", "pixels", expected)
+            self.protocol |= {"features": "pixels in [0, 1]", "mmd": "rbf, unbiased"}
+        else:
+            self.extractor, self.weights = load_inception(args.inception_weights, self.device)
+            features = f"torch-fidelity inception-v3-compat, 2048, float32, weights {self.weights}"
+            self.protocol |= {"features": features, "is": "10 splits", "precision, recall": "k = 3"}
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(images.device)
-        self.reference = self.features(images[i] for i in order[: self.count].split(CHUNK))
-        self.protocol = {
-            "features": features,
-            "samples": self.count,
-            "reference": f"{self.count} of {args.eval_split}",
-            "kid": "unbiased, cubic kernel, 100 subsets of min(1000, n / 2)",
-            "mmd": "rbf, unbiased",
-        } | sampling
+        chunks, path = order[:n].split(CHUNK), None
+        if self.weights and self.rank == 0:  # a hash of all that the statistics depend on, images included
+            key = hashlib.sha256(repr((self.protocol, data.shape, self.device.type)).encode())
+            for chunk in chunks:
+                key.update(images[chunk].cpu().contiguous().numpy())
+            name = f"{datasets.kind(data.name)}-{args.eval_split}-{n}-{key.hexdigest()[:16]}.npz"
+            path = Path(args.data_dir, "evaluation", name)
+        self.reference = read_reference(path) if path else None  # used by the first process alone
+        if not from_first(lambda: self.reference is not None):
+            features = self.features(lambda i: images[chunks[i]])[0]
+            if self.rank == 0:
+                self.reference = {"features": features} | statistics(features)
+            if path:
+                write_reference(path, self.reference)
 
     @torch.no_grad()
-    def features(self, chunks: Iterable[Tensor]) -> Tensor:
-        """Return the features (n, d) float64, on the CPU, of uint8 images that come in chunks."""
-        found = []
-        for images in chunks:
-            if self.extractor is None:
-                found.append((images.flatten(1).double() / 255).cpu())
-            else:
-                rgb = images.expand(-1, 3, -1, -1)  # grey is repeated, colour stays
-                found.append(self.extractor(rgb)[0].double().cpu())
-        return torch.cat(found)
+    def features(self, chunk: Callable[[int], Tensor]) -> list[Tensor]:
+        """Return features, and with Inception logits, (count, d) float32 on the CPU.
+
+        Args:
+            chunk: of i, images i * CHUNK to (i + 1) * CHUNK, uint8. Process r of N is asked for every N-th
+                from the r-th on; all processes get the features of all.
+        """
+        found, last = [], (self.count - 1) // CHUNK
+        quiet = None if self.rank == 0 else True
+        for start in tqdm(range(0, last + 1, self.world_size), "evaluating", leave=False, disable=quiet):
+            i = min(start + self.rank, last)  # who has none left repeats the last, and it is cut off below
+            images = chunk(i)[: self.count - i * CHUNK].to(self.device)
+            outputs = [torch.cat(parts) for parts in zip(*map(self.extractor, images.split(64)))]
+            padded = (F.pad(output, (0, 0, 0, CHUNK - len(output))) for output in outputs)
+            found.append([kernels.gather(output).cpu() for output in padded])
+        return [torch.cat(parts)[: self.count] for parts in zip(*found)]
 
     def samples(self, sample: Callable[[int, int], Tensor]) -> Iterable[Tensor]:
-        """Yield the samples that are evaluated, in chunks.
+        """Yield the samples that are evaluated, in chunks, whichever process asks.
 
         All are drawn CHUNK at a time, cut afterwards: batch statistics want a batch.
         """
         for i, start in enumerate(range(0, self.count, CHUNK)):
             yield sample(CHUNK, i)[: self.count - start]
 
+    def save(self, path: Path, sample: Callable[[int, int], Tensor]) -> None:
+        """Write the samples that are evaluated as the array samples of an .npz file, on the first process."""
+        if self.rank == 0:
+            np.savez(path, samples=torch.cat([*self.samples(sample)]).cpu().numpy())
+
     def metrics(self, sample: Callable[[int, int], Tensor]) -> dict[str, float]:
         """Return the metrics of samples: sample(n, i) is chunk i, (n, ...), in the data's value range."""
         if self.data.name in datasets.TOYS:
             return toy_metrics(self.data.name, torch.cat([*self.samples(sample)]).cpu())
-        chunks = self.samples(sample)
-        fake = self.features(datasets.to_uint8(chunk, self.data.value_range) for chunk in chunks)
-        values = (
-            frechet_distance(self.reference, fake),
-            kernel_distance(self.reference, fake),
-            common_mmd2(self.reference[:TOY_SAMPLES], fake[:TOY_SAMPLES], self.reference[:1000]),
-        )
-        return dict(zip(self.names, values))
+        outputs = self.features(lambda i: datasets.to_uint8(sample(CHUNK, i), self.data.value_range))
+        self.fake = outputs[0][:TEST_SAMPLES]
+        return from_first(lambda: self.compare(*outputs))
+
+    def compare(self, fake: Tensor, logits: Tensor | None = None) -> dict[str, float]:
+        """Return the metrics of features (n, d) and, of Inception, logits (n, classes)."""
+        real = self.reference["features"]
+        frechet = frechet_distance(self.reference, statistics(fake))
+        kid, kid_se = kernel_distance(real, fake)
+        if logits is None:
+            x, y = real[:TOY_SAMPLES].double(), fake[:TOY_SAMPLES].double()
+            values = {"frechet": frechet, "kid": kid, "kid_se": kid_se, "mmd": common_mmd2(x, y, x[:1000])}
+            return {f"pixel_{name}": value for name, value in values.items()}
+        from torch_fidelity.metric_isc import isc_features_to_metric as inception_score
+        from torch_fidelity.metric_prc import calculate_precision_recall_part as precision_recall
+
+        values = {"fid": frechet, "kid": kid, "kid_se": kid_se}
+        values["is"], values["is_std"] = inception_score(logits, 10, shuffle=False).values()
+        values["is_all"], _ = inception_score(logits, 1, shuffle=False).values()
+        both = fake.to(self.device), real.to(self.device)
+        values["precision"], values["recall"] = precision_recall(*both, neighborhood=3, batch_size=1000)
+        if self.weights in INCEPTION_URL:
+            return values
+        return {f"{name.replace('fid', 'frechet')}[{self.weights}]": value for name, value in values.items()}
+
+    def kernel_sums(self) -> dict[str, Tensor]:
+        """Return what KidSchedule.step takes, of the images that metrics had last; toys have none."""
+        return from_first(lambda: kernel_sums(self.reference["features"][: len(self.fake)], self.fake))
+
+
+def from_first(compute: Callable[[], object]):
+    """Return, on every process, what compute() returns on the first."""
+    if not dist.is_initialized():
+        return compute()
+    result = [compute() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(result)
+    return result[0]
 
 
 # --- images --------------------------------------------------------------------------------------
 
 
-def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """Return the Frechet distance of Gaussians fitted to features (n, d) and (m, d), in float64.
+def pixels(images: Tensor) -> tuple[Tensor]:
+    """Return uint8 images as features (n, c * h * w) in [0, 1]."""
+    return (images.flatten(1).float() / 255,)
 
-    |mean_x - mean_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)) with the unbiased covariances C; right for
-    singular ones too. With C = A^T A and A = Q R, the trace of the root is the nuclear norm of R_x R_y^T.
+
+def statistics(features: Tensor) -> dict[str, Tensor]:
+    """Return mean (d,) and unbiased covariance (d, d) of features (n, d), in float64."""
+    mean = sum(part.double().sum(0) for part in features.split(4096)) / len(features)
+    centred = (part.double() - mean for part in features.split(4096))
+    return {"mean": mean, "covariance": sum(part.T @ part for part in centred) / (len(features) - 1)}
+
+
+def frechet_distance(x: dict[str, Tensor], y: dict[str, Tensor]) -> float:
+    """Return the Frechet distance of two Gaussians, given as statistics gives them.
+
+    |mean_x - mean_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)). With C_x = A A^T the trace of the root is the sum
+    of the roots of the eigenvalues of the symmetric A^T C_y A. A is Cholesky's factor or, where C_x is
+    singular (fewer samples than dimensions, constant pixels), V w^(1/2) from C_x = V w V^T.
     """
-    x, y = x.double(), y.double()
-    a, b = ((z - z.mean(0)) / (len(z) - 1) ** 0.5 for z in (x, y))
-    r_x, r_y = (torch.linalg.qr(z, mode="r").R for z in (a, b))
-    cross = torch.linalg.svdvals(r_x @ r_y.T).sum()
-    squares = (x.mean(0) - y.mean(0)).square().sum() + a.square().sum() + b.square().sum()
-    return (squares - 2 * cross).item()
+    factor, singular = torch.linalg.cholesky_ex(x["covariance"])
+    if singular:
+        w, v = torch.linalg.eigh(x["covariance"])
+        factor = v * w.clamp_min(0).sqrt()
+    roots = torch.linalg.eigvalsh(factor.T @ y["covariance"] @ factor).clamp_min(0).sqrt()
+    traces = x["covariance"].trace() + y["covariance"].trace()
+    return ((x["mean"] - y["mean"]).square().sum() + traces - 2 * roots.sum()).item()
 
 
-def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100) -> float:
-    """Return KID: unbiased MMD^2 with k(a, b) = (<a, b> / d + 1)^3, mean over random subsets.
+def cubic_kernel(x: Tensor, y: Tensor) -> Tensor:
+    """Return KID's (<x, y> / d + 1)^3, (n, m), of features (n, d) and (m, d)."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100, size: int = 1000) -> tuple[float, float]:
+    """Return KID, the unbiased MMD^2 with cubic_kernel, and its standard error.
+
+    KID is the mean over random subsets. The error is the delete-d jackknife's, which scales their spread by
+    size / (n - size) for what sampling n images does, plus 1 / subsets for what drawing subsets does.
 
     Args:
         x, y: features (n, d) and (m, d).
-        subsets: how many; each has min(1000, n / 2, m / 2) of either side, without replacement.
+        subsets: how many; each has min(size, n / 2, m / 2) of either side, without replacement.
     """
-    x, y, generator = x.double(), y.double(), torch.Generator().manual_seed(0)
-    size = min(1000, len(x) // 2, len(y) // 2)
-    total = 0.0
+    generator, n = torch.Generator().manual_seed(0), min(len(x), len(y))
+    size, values = min(size, n // 2), []
     for _ in range(subsets):
-        a = x[torch.randperm(len(x), generator=generator)[:size]]
-        b = y[torch.randperm(len(y), generator=generator)[:size]]
-        k_xx, k_xy, k_yy = ((p @ q.T / x.shape[1] + 1) ** 3 for p, q in ((a, a), (a, b), (b, b)))
-        total += kernels.mmd2(k_xx, k_xy, k_yy, "unbiased").item()
-    return total / subsets
+        a = x[torch.randperm(len(x), generator=generator)[:size]].double()
+        b = y[torch.randperm(len(y), generator=generator)[:size]].double()
+        blocks = cubic_kernel(a, a), cubic_kernel(a, b), cubic_kernel(b, b)
+        values.append(kernels.mmd2(*blocks, "unbiased").item())
+    return np.mean(values).item(), np.std(values, ddof=1).item() * (size / (n - size) + 1 / subsets) ** 0.5
 
 
-def load_inception(path: str | None, device: torch.device) -> tuple[torch.nn.Module, str]:
+def ms_ssim(images: Tensor) -> float:
+    """Return the mean MS-SSIM of pairs of images (n, c, h, w) uint8: high where samples are alike.
+
+    As Wang et al. 2019: resized to 256 (five scales need 176), the first half paired with the second.
+    """
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+    total, pairs = 0.0, len(images) // 2
+    for start in tqdm(range(0, pairs, 32), "MS-SSIM", leave=False, disable=None):
+        a, b = (images[i : min(i + 32, i + pairs - start)].float() for i in (start, start + pairs))
+        a, b = (F.interpolate(part, (256, 256), mode="bilinear") for part in (a, b))
+        total += multiscale_structural_similarity_index_measure(a, b, data_range=255.0).item() * len(a)
+    return total / pairs
+
+
+def load_inception(path: str | None, device: torch.device) -> tuple[Callable, str]:
     """Return torch-fidelity's Inception and the first 8 digits of the sha256 of its weights.
+
+    It takes uint8 images (n, c, h, w), grey ones too, and returns features (n, 2048) and logits (n, 1008).
 
     Args:
         path: a weights file; None takes torch.hub's copy, downloading it where there is none.
@@ -150,21 +257,115 @@ def load_inception(path: str | None, device: torch.device) -> tuple[torch.nn.Mod
             torch.hub.download_url_to_file(INCEPTION_URL, file, "6726825d")
         weights = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
         torch.load(file, map_location="cpu", weights_only=True)  # the library would run what is in it
-        extractor = create_feature_extractor(
-            "inception-v3-compat",
-            ["2048"],
-            cuda=device.type == "cuda",
-            feature_extractor_weights_path=str(file),
-            verbose=False,
-        )
+        options = dict(feature_extractor_weights_path=str(file), cuda=device.type == "cuda", verbose=False)
+        network = create_feature_extractor("inception-v3-compat", ["2048", "logits_unbiased"], **options)
     except Exception as error:
         raise BadInput(
             f"--inception-weights {file} is missing or damaged ({str(error) or repr(error):.90});"
-            f" put the file of {INCEPTION_URL} there, or use --eval-features pixels, or --eval-every 0"
+            f" put the file of {INCEPTION_URL} there, or use --eval-features pixels"
         ) from error
-    if weights not in INCEPTION_URL:
+    if weights not in INCEPTION_URL and os.environ.get("RANK", "0") == "0":
         print(f"warning: {file} is not the published Inception: its distances are no FID and no KID")
-    return extractor, weights
+    return lambda images: network(images.expand(-1, 3, -1, -1)), weights
+
+
+def read_reference(path: Path) -> dict[str, Tensor] | None:
+    """Return what write_reference wrote, or None: nothing is there, or, with a warning, it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:  # a zip file: it has checksums
+            return {name: torch.from_numpy(arrays[name]) for name in ("features", "mean", "covariance")}
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except Exception as error:
+        print(f"warning: {path} cannot be read ({error!r:.90}): computed again")
+        return None
+
+
+def write_reference(path: Path, reference: dict[str, Tensor]) -> None:
+    """Write a reference whole or not at all; where that cannot be, a warning says so."""
+    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                np.savez(file, **{name: tensor.numpy() for name, tensor in reference.items()})
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        print(f"warning: {path} could not be written ({error}): to be computed again next time")
+
+
+# --- learning rate by KID ------------------------------------------------------------------------
+
+
+def kernel_sums(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    """Return what a three-sample test needs of fake features: small enough to be kept for later tests.
+
+    value: the part of the unbiased MMD^2 that depends on fake. variance: its own part of the test's variance.
+    by_real: (n,), the mean of the kernel between each real and all fake.
+
+    Args:
+        real, fake: features (n, d), n at least 3; real must be the same in both sides of a test.
+    """
+    n = len(real)
+    real, fake = real.double(), fake.double()
+    k_yy, k_xy = cubic_kernel(fake, fake).fill_diagonal_(0), cubic_kernel(real, fake)
+    within, by_fake, by_real = k_yy.sum(1) / (n - 1), k_xy.mean(0), k_xy.mean(1)
+    value = within.mean() - 2 * by_fake.mean()
+    # Hoeffding's second-order terms: variances of the kernel less those of its projections.
+    g_yy = k_yy.square().sum() / (n * (n - 1)) - 2 * within.square().mean() + within.mean() ** 2
+    g_xy = k_xy.square().mean() - by_fake.square().mean() - by_real.square().mean() + k_xy.mean() ** 2
+    second = 2 / (n * (n - 1)) * g_yy + 4 / n**2 * g_xy
+    # Means over n have noise of their own, by which the first-order term has the second twice too much.
+    return {"value": value, "variance": 4 / n * (within - by_fake).var() - second, "by_real": by_real}
+
+
+def three_sample_test(new: dict, old: dict, floor: float = 1e-5) -> tuple[float, float]:
+    """Return t = (MMD^2(X, Y) - MMD^2(X, Z)) / sqrt(max(v, floor)) and p = Phi(t), small if Y improves on Z.
+
+    v is the variance of the difference of two U-statistics that share X: first- and second-order terms
+    (Bounliphone et al. 2016; Binkowski et al. 2018, whose code has the floor).
+
+    Args:
+        new, old: kernel_sums of X with Y and with Z.
+    """
+    variance = new["variance"] + old["variance"]
+    variance = variance + 4 / len(new["by_real"]) * (new["by_real"] - old["by_real"]).var()
+    t = (new["value"] - old["value"]) / variance.clamp_min(floor).sqrt()
+    return t.item(), torch.special.ndtr(t).item()
+
+
+class KidSchedule:
+    """Lowers a learning rate where KID stops improving (code of Binkowski et al. 2018).
+
+    The first 10 evaluations are remembered, each further one is tested against the oldest: if better (p at
+    most 0.1) it takes the oldest's place. The third in a row that is not lowers the rate, and of the memory
+    only the last two and itself are left.
+    """
+
+    def __init__(self, factor: float) -> None:
+        self.factor, self.memory, self.failures = factor, [], 0
+
+    def step(self, sums: dict[str, Tensor]) -> float:
+        """Return what to multiply the learning rate by after an evaluation, given its kernel_sums."""
+        if len(self.memory) == 10:
+            if three_sample_test(sums, self.memory[0])[1] > 0.1:
+                self.failures += 1
+                if self.failures < 3:
+                    return 1.0
+                self.failures, self.memory = 0, [*self.memory[-2:], sums]
+                return self.factor
+            self.failures = 0
+            del self.memory[0]
+        self.memory.append(sums)
+        return 1.0
+
+    def state_dict(self) -> dict:
+        return {"memory": list(self.memory), "failures": self.failures}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.memory, self.failures = list(state["memory"]), state["failures"]
 
 
 # --- toys and pixels -----------------------------------------------------------------------------
@@ -200,3 +401,97 @@ def toy_metrics(name: str, fake: Tensor) -> dict[str, float]:
     counts = torch.bincount(nearest[good], minlength=modes)
     covered = (counts >= math.ceil(max(1, good.sum().item() / modes / 4))).sum().item()
     return metrics | {"high_quality": good.float().mean().item(), "modes": covered}
+
+
+# --- command line --------------------------------------------------------------------------------
+
+
+Features = Annotated[Literal["inception", "pixels"], tyro.conf.arg(aliases=["--features"])]
+
+
+@dataclass
+class Args:
+    """Compare images: each side a folder, a data set (cifar10, cifar10:test), or an array (N, H, W, C) or
+    (N, C, H, W) in an .npy or .npz file, uint8 or floats in [0, 1] or [-1, 1]."""
+
+    real: tyro.conf.Positional[str]  # the reference
+    fake: tyro.conf.Positional[str]  # what is measured
+    eval_features: Features = "inception"  # pixels need no weights, and give no FID
+    eval_samples: int = 50_000  # images of either side, at most
+    image_size: int | None = None  # side to which folders and data sets are resized
+    ms_ssim: bool = False  # of pairs of FAKE too; needs the extra eval
+    json: str | None = None  # file to write metrics and protocol to
+    data_dir: str = "data"  # folder of the data sets and of cached statistics
+    inception_weights: str | None = None  # file of torch-fidelity's weights (None: torch.hub's copy)
+    device: str = "auto"  # a torch device; auto is cuda where there is one, else cpu
+
+
+def read_images(what: str, source: str, args: Args) -> Tensor:
+    """Return the images of REAL or FAKE (what), uint8 (N, c, h, w)."""
+    path, (name, _, split) = Path(source), source.partition(":")
+    try:
+        if path.is_dir():
+            files = (f for f in path.rglob("*") if f.suffix.lower() in datasets.IMAGE_FILES)
+            sides = {args.image_size} if args.image_size else {n for f in files for n in Image.open(f).size}
+            expected = "one side (square images), or be resized with --image-size"
+            require(len(sides) == 1, "the set of its images' sides", sides, expected)
+            return datasets.load_images(f"folder:{path}", args.data_dir, sides.pop(), "train")
+        require(name not in datasets.TOYS, "it", "a toy", "images")
+        if path.suffix not in (".npy", ".npz"):
+            return datasets.load_images(name, args.data_dir, args.image_size, split or "train")
+        loaded = np.load(path, allow_pickle=False)
+        arrays = [loaded[name] for name in loaded.files] if path.suffix == ".npz" else [loaded]
+        found = [a for a in arrays if a.ndim == 4 and a.size and {1, 3} & {a.shape[1], a.shape[3]}]
+        expected = "one of (N, H, W, C) or (N, C, H, W) with C 1 or 3"
+        require(len(found) == 1, "its array", [a.shape for a in arrays], expected)
+        images = torch.from_numpy(found[0])
+        if images.dtype != torch.uint8:
+            known = images.is_floating_point() and bool((images.abs() <= 1).all())  # NaN is not
+            require(known, "its type", images.dtype, "uint8, or floats in [0, 1] or [-1, 1]")
+            images = datasets.to_uint8(images, (-1.0 if images.min() < 0 else 0.0, 1.0))
+        return images.permute(0, 3, 1, 2) if images.shape[3] in (1, 3) else images
+    except Exception as error:  # Pillow and NumPy raise what they like
+        problem = str(error) or repr(error)
+        raise BadInput(f"{what} {source} is no folder, array or data set to be used: {problem}") from error
+
+
+def main(args: Args) -> dict[str, float]:
+    """Compare, print a table, write --json; return the metrics."""
+    file = args.json and Path(args.json)
+    ok = not file or (os.access(file.parent, os.W_OK) and not file.is_dir())
+    require(ok, "--json", args.json, "a file in a folder that can be written to")
+    ok = not args.ms_ssim or importlib.util.find_spec("torchmetrics")
+    require(ok, "--ms-ssim", "on", "off, or do: pip install torchmetrics")
+    real, fake = (read_images(*source, args) for source in (("REAL", args.real), ("FAKE", args.fake)))
+    channels = max(real.shape[1], fake.shape[1])
+    real, fake = (images.expand(-1, channels, -1, -1) for images in (real, fake))
+    sizes, expected = (f"{h} x {w}" for h, w in (fake.shape[2:], real.shape[2:]))
+    ok = real.shape[1:] == fake.shape[1:]
+    require(ok, "FAKE", sizes, f"{expected} as REAL; --image-size resizes folders and data sets")
+    count = min(args.eval_samples, len(fake))
+    require(count >= 10, "--eval-samples", count, "at least 10, of FAKE too")
+    data = SimpleNamespace(name="REAL", images=real, shape=real.shape[1:], value_range=(0, 255), split="REAL")
+    evaluator = Evaluator(SimpleNamespace(**vars(args), eval_split=data.split), data)
+    evaluator.count = count  # of FAKE may differ from that of REAL
+    order = torch.randperm(len(fake), generator=torch.Generator().manual_seed(1))[:count]
+    metrics = evaluator.metrics(lambda n, i: fake[order[i * n : (i + 1) * n]])
+    protocol = evaluator.protocol | {"samples": count, "real": args.real, "fake": args.fake}
+    if evaluator.rank == 0:
+        if args.ms_ssim:
+            metrics["ms_ssim"] = ms_ssim(fake[order])
+        for name, value in (metrics | protocol).items():
+            print(f"{name:20} {value:.6g}" if name in metrics else f"{name:20} {value}")
+        if file:
+            file.write_text(json.dumps({"metrics": metrics, "protocol": protocol}, indent=2) + "\n")
+    return metrics
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -11,7 +11,6 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -212,8 +211,9 @@ def stop_asked(step: int) -> bool:
     return bool(SIGNALS)
 
 
-def leave(folder: Path, step: int) -> None:
+def leave(writer, folder: Path, step: int) -> None:
     """Exit with the status that the signal has by convention, saying how to go on."""
+    writer.close()
     if not several() or dist.get_rank() == 0:  # which alone knows the folder
         print(f"stopped by signal {SIGNALS[0]} after step {step}; go on with --resume {folder}")
     sys.exit(128 + SIGNALS[0])
@@ -276,19 +276,14 @@ def make_writer(folder: Path, args, step: int, rank: int):
     return writer
 
 
-def save_results(folder: Path, step: int, metrics: dict, protocol: dict, rank: int) -> None:
+def save_results(folder: Path, args, step: int, metrics: dict, protocol: dict, rank: int) -> None:
     """Print the metrics and write them with their protocol to folder/results.json."""
     if rank > 0:
         return
+    protocol = protocol | {"batch_norm": args.sample_bn, "ema_decay": args.ema_decay}
     results = {"step": step, "metrics": metrics, "protocol": protocol}
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-
-
-def save_samples(folder: Path, chunks: Iterable[torch.Tensor], rank: int) -> None:
-    """Write samples, which come in chunks (n, ...), to folder/samples.npz."""
-    if rank == 0:
-        np.savez(folder / "samples.npz", samples=torch.cat([*chunks]).cpu().numpy())
 
 
 def save_checkpoint(folder: Path, args, script: str, step: int, models: dict, rank: int) -> None:
@@ -324,10 +319,13 @@ def load_checkpoint(args, script: str, models: dict) -> int:
     except Exception as error:
         raise BadInput(f"--resume: {path} is missing, damaged or no checkpoint ({error!r:.90})") from error
     require(saved_script == script, "--resume", args.resume, f"a run of {script}.py, not {saved_script}.py")
+    # What decides the learning rate may not change.
+    fixed = {name for name in MAY_CHANGE if name.startswith("eval_") and name != "eval_only"}
+    may_change = MAY_CHANGE - (fixed if getattr(args, "lr_schedule", "constant") == "kid" else set())
     changed = [
         f"--{key.replace('_', '-')} {value} (was {saved.get(key)})"
         for key, value in dataclasses.asdict(args).items()
-        if key not in MAY_CHANGE and value != saved.get(key)
+        if key not in may_change and value != saved.get(key)
     ]
     require(not changed, "--resume", args.resume, f"without a change of {', '.join(changed)}")
     for name, model in models.items():

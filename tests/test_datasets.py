@@ -3,12 +3,17 @@
 import math
 import os
 import pickle
+import signal
 import struct
 import tarfile
+import threading
+import time
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
 
+import lmdb
 import numpy as np
 import pytest
 import torch
@@ -39,7 +44,9 @@ def refusal(*args, **kwargs):
 
 
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch):
+def no_network(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # which is the data_dir of load
+
     def fail(*args, **kwargs):
         raise URLError("no network")
 
@@ -181,7 +188,7 @@ def test_toy_batches_are_float32_of_the_stated_shape(name):
 def numbered(n, batch_size, value_range=(0, 255)):
     """n images of one pixel, each with its number."""
     images = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1)
-    return datasets.Images("numbered", (1, 1, 1), batch_size, 0, 0, 1, images, value_range)
+    return datasets.Images("numbered", (1, 1, 1), batch_size, 0, 0, 1, CPU, images, value_range)
 
 
 def test_an_epoch_is_a_permutation_and_the_next_another():
@@ -393,7 +400,8 @@ def test_truncated_cifar10_archive_is_refused(cifar):
     archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
     message = refusal("cifar10", root)
     assert "--dataset cifar10" in message
-    assert str(archive) in message
+    assert archive.name in message
+    assert str(root) in message
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps([1]), pickle.dumps({"labels": [1]})])
@@ -429,7 +437,7 @@ def test_missing_cifar10_without_a_network_is_refused(tmp_path):
     message = refusal("cifar10", tmp_path)
     assert "--dataset cifar10" in message
     assert "no network" in message
-    assert datasets.CIFAR10_URL in message
+    assert "https://www.cs.toronto.edu/~kriz/" in message
 
 
 # --- folders of images ---------------------------------------------------------------------------
@@ -490,7 +498,7 @@ def test_an_unreadable_image_is_named(tmp_path, damage):
 def test_an_empty_folder_is_refused(tmp_path):
     message = refusal(f"folder:{tmp_path}", image_size=8)
     assert "--dataset" in message
-    assert "none" in message
+    assert "no image" in message
 
 
 def test_a_folder_that_does_not_exist_is_refused(tmp_path):
@@ -501,6 +509,431 @@ def test_a_folder_needs_an_image_size_and_has_no_test_split(tmp_path):
     save(tmp_path / "a.png", np.zeros((4, 4)))
     assert "--image-size" in refusal(f"folder:{tmp_path}")
     assert "--eval-split" in refusal(f"folder:{tmp_path}", image_size=4, split="test")
+
+
+# --- STL-10, CelebA, LSUN, ImageNet --------------------------------------------------------------
+
+
+def gradient(width, height, seed=0):
+    """A photo, (height, width, 3): red is the column and green the row, from 20 to 220; blue is the seed."""
+    red, green = np.meshgrid(np.linspace(20, 220, width), np.linspace(20, 220, height))
+    return np.stack([red, green, np.full_like(red, seed)], 2).round().astype(np.uint8)
+
+
+def place(image, width, height):
+    """Where in a gradient of that size the pixels of image (3, h, w) come from: columns and rows."""
+    image = image.double().numpy()
+    columns, rows = image[0].mean(0), image[1].mean(1)
+    return (columns - 20) * (width - 1) / 200, (rows - 20) * (height - 1) / 200
+
+
+def expected_place(size, start, step):
+    """Centres of size pixels that are step wide, the first of which begins at start."""
+    return start + (np.arange(size) + 0.5) * step - 0.5
+
+
+def photo(path, width, height, seed=0):
+    """Save a gradient in the format of the name; return the pixels that a decoder gives (h, w, 3)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(gradient(width, height, seed)).save(path, quality=95)
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def write_stl10(folder, unlabeled, test):
+    """Images (n, 96, 96, 3) as they are published: channel by channel, each column by column."""
+    folder.mkdir(parents=True)
+    for name, images in (("unlabeled_X.bin", unlabeled), ("test_X.bin", test)):
+        planes = [np.asfortranarray(image[:, :, c]).tobytes("F") for image in images for c in range(3)]
+        (folder / name).write_bytes(b"".join(planes))
+
+
+def test_stl10_is_read_from_its_binary_files(tmp_path):
+    """Against the pixels that were written, and against torchvision's reader."""
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 96, 96, 3), dtype=np.uint8)
+    write_stl10(tmp_path / "stl10_binary", pixels[:3], pixels[3:])
+    for split, part in (("train", pixels[:3]), ("test", pixels[3:]), ("all", pixels)):
+        images = datasets.load_images("stl10", tmp_path, 96, split)
+        np.testing.assert_array_equal(images, part.transpose(0, 3, 1, 2))
+    theirs = torchvision.datasets.STL10.__new__(torchvision.datasets.STL10)
+    theirs.root = tmp_path
+    np.testing.assert_array_equal(images[:3], theirs._STL10__loadfile("unlabeled_X.bin")[0])
+
+
+def test_stl10_is_halved(tmp_path):
+    """To 48x48 where no size is given; a smooth image stays where it is."""
+    write_stl10(tmp_path / "stl10_binary", [gradient(96, 96)], [])
+    (image,) = datasets.load_images("stl10", tmp_path, None, "train")
+    assert image.shape == (3, 48, 48)
+    for found in place(image, 96, 96):
+        np.testing.assert_allclose(found[2:-2], expected_place(48, 0, 2)[2:-2], atol=0.5)
+
+
+def test_stl10_is_downloaded_whole_or_not_at_all(tmp_path, monkeypatch):
+    def download(url, root, filename, md5):
+        assert (url, md5) == (torchvision.datasets.STL10.url, torchvision.datasets.STL10.tgz_md5)
+        write_stl10(tmp_path / "elsewhere", [gradient(96, 96)], [])
+        with tarfile.open(os.path.join(root, filename), "w:gz") as files:
+            files.add(tmp_path / "elsewhere", "stl10_binary")
+
+    monkeypatch.setattr(torchvision.datasets.utils, "download_url", download)
+    assert len(datasets.load_images("stl10", tmp_path / "new", None, "train")) == 1
+    assert {p.name for p in (tmp_path / "new").iterdir()} >= {"stl10_binary", "cache"}
+
+
+def test_stl10_of_another_size_is_refused(tmp_path):
+    write_stl10(tmp_path / "stl10_binary", [gradient(96, 96)], [])
+    file = tmp_path / "stl10_binary" / "unlabeled_X.bin"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "stl10_binary" in refusal("stl10", tmp_path)
+
+
+@pytest.fixture
+def celeba(tmp_path):
+    """Six aligned faces with their partition: three to train, one to validate, two to test; their pixels."""
+    folder = tmp_path / "celeba"
+    pixels = [photo(folder / "img_align_celeba" / f"{i:06}.jpg", 178, 218, 40 * i) for i in range(1, 7)]
+    lines = [f"{i:06}.jpg {code}" for i, code in zip(range(1, 7), (0, 0, 0, 1, 2, 2))]
+    (folder / "list_eval_partition.txt").write_text("\n".join(lines) + "\n")
+    return tmp_path, pixels
+
+
+def test_celeba_is_split_by_its_partition_file(celeba):
+    for split, numbers in (("train", (1, 2, 3)), ("test", (5, 6)), ("all", range(1, 7))):
+        images = datasets.load_images("celeba", celeba[0], None, split)
+        assert images.shape == (len(numbers), 3, 64, 64)
+        assert images[:, 2].double().mean((1, 2)).numpy() == pytest.approx([40 * i for i in numbers], abs=2)
+
+
+@pytest.mark.parametrize("size", [64, 32, 128])
+def test_celeba_covers_72_by_88_of_which_the_centre_is_left(celeba, size):
+    image = datasets.load_images("celeba", celeba[0], size, "train")[0]
+    scale = 178 / 72 * 64 / size
+    columns, rows = place(image, 178, 218)
+    np.testing.assert_allclose(columns, expected_place(size, 178 * 4 / 72, scale), atol=1)
+    np.testing.assert_allclose(rows, expected_place(size, 109 - scale * size / 2, scale), atol=1)
+
+
+def test_celeba_at_160_is_a_random_crop_of_the_central_178_often_mirrored(celeba):
+    root, pixels = celeba
+    images = datasets.load_images("celeba", root, 160, "all")
+    lines = [f"{i:06}.jpg 0" for i in range(1, 7)] * 30  # each face many times, to see many crops
+    (root / "celeba" / "list_eval_partition.txt").write_text("\n".join(lines))
+    many = datasets.load_images("celeba", root, 160, "train")
+    np.testing.assert_array_equal(many[:6], images)  # not drawn anew
+    seen = []
+    for number, image in enumerate(many.numpy()):
+        source = pixels[number % 6].transpose(2, 0, 1)
+        mirrored = image[0, 80, 0] > image[0, 80, -1]
+        image = image[:, :, ::-1] if mirrored else image
+        offsets = [(x, y) for x in range(19) for y in range(20, 39)]
+        fits = [(x, y) for x, y in offsets if np.array_equal(source[:, y, x : x + 160], image[:, 0])]
+        fits = [(x, y) for x, y in fits if np.array_equal(source[:, y : y + 160, x : x + 160], image)]
+        assert len(fits) == 1
+        seen.append((*fits[0], mirrored))
+    for offsets in np.array(seen)[:, :2].T:
+        assert len(set(offsets)) == 19
+    assert np.mean([mirrored for *_, mirrored in seen]) == pytest.approx(0.5, abs=0.15)
+
+
+def test_a_missing_face_is_named(celeba):
+    (celeba[0] / "celeba" / "img_align_celeba" / "000002.jpg").unlink()
+    assert "000002.jpg" in refusal("celeba", celeba[0])
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_lsun_is_read_from_lmdb_and_from_exported_images(tmp_path, exported):
+    """The centre of images whose shorter side is 32 already: pixel for pixel, in the order of the keys."""
+    expected = {}
+    for part, sizes in (("train", [(40, 32), (32, 50), (32, 32)]), ("val", [(60, 32)])):
+        folder = tmp_path / "lsun" / f"bedroom_{part}_lmdb"
+        folder.mkdir(parents=True)
+        env = lmdb.open(str(folder), map_size=2**20)
+        for i, (width, height) in enumerate(sizes):
+            key = f"{(7 * i + 3) % 10}{i}{'ab' * 19}"
+            file = tmp_path / "lsun" / f"bedroom_{part}" / "/".join(key[:6]) / f"{key}.webp"
+            pixels = photo(file, width, height, 50 * i)
+            left, top = (width - 32) // 2, (height - 32) // 2
+            expected[part, key] = pixels[top : top + 32, left : left + 32].transpose(2, 0, 1)
+            with env.begin(write=True) as transaction:
+                transaction.put(key.encode(), file.read_bytes())
+            if not exported:
+                file.unlink()
+        env.close()
+        if exported:
+            folder.rename(tmp_path / part)
+    for split, parts in (("train", ("train",)), ("test", ("val",)), ("all", ("train", "val"))):
+        images = datasets.load_images("lsun-bedroom", tmp_path, 32, split)
+        wanted = [expected[key] for part in parts for key in sorted(expected) if key[0] == part]
+        np.testing.assert_array_equal(images, wanted)
+
+
+def test_lsun_with_something_else_than_an_image_is_refused(tmp_path):
+    folder = tmp_path / "lsun" / "bedroom_train_lmdb"
+    folder.mkdir(parents=True)
+    with lmdb.open(str(folder), map_size=2**20) as env, env.begin(write=True) as transaction:
+        transaction.put(b"0" * 40, b"no image")
+    assert "image 0 cannot be read" in refusal("lsun-bedroom", tmp_path)
+
+
+def test_imagenet_is_cut_to_the_central_square(tmp_path):
+    """In the folders of its classes or not; grey and CMYK images too."""
+    root = tmp_path / "imagenet"
+    photo(root / "train" / "n01440764" / "n01440764_10026.JPEG", 500, 375, 100)
+    cmyk, grey = root / "train" / "n01443537" / "n01443537_2.JPEG", root / "val" / "ILSVRC2012_val_1.JPEG"
+    cmyk.parent.mkdir()
+    Image.fromarray(gradient(300, 300)).convert("CMYK").save(cmyk)
+    grey.parent.mkdir()
+    Image.fromarray(np.full((70, 90), 77, np.uint8)).save(grey)
+    images = datasets.load_images("imagenet", tmp_path, None, "all")
+    assert images.shape == (3, 3, 64, 64)
+    columns, rows = place(images[0], 500, 375)
+    np.testing.assert_allclose(columns, expected_place(64, 62.5, 375 / 64), atol=2.5)
+    np.testing.assert_allclose(rows, expected_place(64, 0, 375 / 64), atol=2.5)
+    assert images[1, 0].double().std() > 40
+    assert (images[2] == 77).all()
+    assert len(datasets.load_images("imagenet", tmp_path, None, "test")) == 1
+
+
+@pytest.mark.parametrize("name", ["stl10", "celeba", "lsun-bedroom", "imagenet"])
+@pytest.mark.parametrize("split", ["train", "test", "all"])
+def test_a_missing_set_is_refused_with_what_to_put_where(name, split, tmp_path):
+    message = refusal(name, tmp_path / "nowhere", split=split)
+    assert f"--dataset {name}" in message
+    assert str(tmp_path / "nowhere") in message
+    assert "http" in message
+    files = {
+        "stl10": ["stl10_binary/"],
+        "celeba": ["celeba/img_align_celeba/", "celeba/list_eval_partition.txt"],
+    }
+    files |= {"lsun-bedroom": ["lsun/bedroom_train_lmdb/", "lsun/bedroom_val_lmdb/", "lsun/bedroom_train/"]}
+    files |= {"imagenet": ["imagenet/train/", "imagenet/val/"]}
+    assert all(file in message for file in files[name])
+
+
+def test_a_set_of_which_half_is_missing_is_refused(tmp_path):
+    photo(tmp_path / "imagenet" / "train" / "a.JPEG", 70, 70)
+    message = refusal("imagenet", tmp_path, split="all")
+    assert f"no image below {tmp_path}/imagenet/val" in message
+
+
+# --- conversion ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """22 images to be converted 4 at a time; how often which was; and what comes of them."""
+    monkeypatch.setattr(datasets, "CHUNK", 4)
+    for i in range(22):
+        save(tmp_path / "photos" / f"{i:02}.png", np.full((8, 8, 3), 10 * i))
+    expected = (torch.arange(22) * 10).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    converted, crop = [], datasets.crop
+
+    def count(name, size, number, item):
+        converted.append(number)
+        return crop(name, size, number, item)
+
+    monkeypatch.setattr(datasets, "crop", count)
+    return SimpleNamespace(name=f"folder:{tmp_path}/photos", converted=converted, expected=expected)
+
+
+def load_photos(photos, data_dir="."):
+    images = datasets.load_images(photos.name, data_dir, 8, "train")
+    assert torch.equal(images, photos.expected)
+    return images
+
+
+def cache_file():
+    (file,) = Path("cache").glob("*.npy")
+    return file
+
+
+def test_images_are_converted_once(photos):
+    load_photos(photos)
+    assert sorted(photos.converted) == list(range(22))
+    load_photos(photos)
+    assert len(photos.converted) == 22
+    np.testing.assert_array_equal(np.load(cache_file()), photos.expected)
+    assert not list(Path("cache").glob("*.partial"))
+
+
+def in_child(function):
+    """Run function in a process of its own; return how it ended."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            function()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return pid
+
+
+def test_a_killed_conversion_goes_on_where_it_was(photos, monkeypatch):
+    """SIGKILL in the fifth chunk: the first three are kept, for the fourth may not have reached the disk."""
+    crop = datasets.crop
+
+    def killed(name, size, number, item):
+        if number == 17:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return crop(name, size, number, item)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "crop", killed)
+        pid = in_child(lambda: load_photos(photos))
+        assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    (partial,) = Path("cache").glob("*.partial")
+    assert not list(Path("cache").glob("*.npy"))
+    with open(partial, "r+b") as file:  # what is lost when the power fails
+        file.seek(-4 * 192, os.SEEK_END)
+        file.write(bytes(4 * 192))
+    load_photos(photos)
+    assert sorted(photos.converted) == list(range(12, 22))
+
+
+@pytest.mark.parametrize("where", ["header", "chunk", "all"])
+def test_a_conversion_goes_on_from_a_partial_file_of_any_length(photos, where):
+    load_photos(photos)
+    file = cache_file()
+    content = file.read_bytes()
+    length, left = {"header": (128, 22), "chunk": (128 + 5 * 192, 18), "all": (len(content), 2)}[where]
+    file.with_suffix(".partial").write_bytes(content[:length])
+    file.unlink()
+    photos.converted.clear()
+    load_photos(photos)
+    assert sorted(photos.converted) == list(range(22 - left, 22))
+
+
+@pytest.mark.parametrize("damage", ["empty", "garbage", "truncated", "longer", "another shape"])
+@pytest.mark.parametrize("suffix", [".npy", ".partial"])
+def test_a_damaged_cache_is_made_anew(photos, damage, suffix):
+    load_photos(photos)
+    file = cache_file()
+    content = file.read_bytes()
+    bad = {"empty": b"", "garbage": bytes(len(content)), "truncated": content[:-100]}
+    bad |= {"longer": content + b"0", "another shape": content.replace(b"(22, 3, 8, 8)", b"(11, 6, 8, 8)")}
+    file.unlink()
+    file.with_suffix(suffix).write_bytes(bad[damage])
+    load_photos(photos)
+
+
+def test_the_cache_is_another_for_another_source_and_size(photos, tmp_path):
+    load_photos(photos)
+    assert datasets.load_images(photos.name, ".", 4, "train").shape[-1] == 4
+    save(tmp_path / "photos" / "05.png", np.full((8, 8, 3), 99))
+    assert datasets.load_images(photos.name, ".", 8, "train")[5, 0, 0, 0] == 99
+    (tmp_path / "photos" / "07.png").rename(tmp_path / "photos" / "77.png")
+    assert datasets.load_images(photos.name, ".", 8, "train")[-1, 0, 0, 0] == 70
+    (tmp_path / "photos" / "77.png").unlink()
+    assert len(datasets.load_images(photos.name, ".", 8, "train")) == 21
+
+
+def test_of_two_processes_one_converts_and_both_read_all(photos, monkeypatch, tmp_path):
+    crop, log = datasets.crop, tmp_path / "log"
+
+    def slow(name, size, number, item):
+        time.sleep(0.02)
+        with open(log, "a") as file:
+            file.write(f"{number}\n")
+        return crop(name, size, number, item)
+
+    monkeypatch.setattr(datasets, "crop", slow)
+    pid = in_child(lambda: load_photos(photos))
+    load_photos(photos)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert sorted(map(int, log.read_text().split())) == list(range(22))
+
+
+def test_a_signal_stops_a_conversion_which_goes_on_later(photos, monkeypatch):
+    crop, signals = datasets.crop, []
+
+    def interrupted(name, size, number, item):
+        if number == 9:
+            signals.append(signal.SIGTERM)
+        return crop(name, size, number, item)
+
+    monkeypatch.setattr(datasets, "SIGNALS", signals)
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "crop", interrupted)
+        with pytest.raises(SystemExit) as stopped:
+            load_photos(photos)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert sorted(photos.converted) == list(range(12))
+    signals.clear()
+    load_photos(photos)
+    assert sorted(photos.converted[12:]) == list(range(8, 22))
+
+
+def test_images_are_read_no_further_than_a_chunk_ahead_of_the_file(photos):
+    """So three million of them never are in memory at a time."""
+    partial = Path("many.partial")
+
+    def items():
+        for i in range(22):
+            assert i < 4 or (partial.stat().st_size - 128) / 3 >= i // 4 * 4
+            yield i
+
+    datasets.write_array(Path("many.npy"), (22, 3), items(), lambda item: np.full(3, item[1], np.uint8))
+    np.testing.assert_array_equal(np.load("many.npy"), np.arange(22)[:, None].repeat(3, 1))
+
+
+def test_a_folder_that_cannot_be_written_or_is_full_is_refused(photos, monkeypatch):
+    Path("file").write_text("")
+    assert "--data-dir" in refusal(photos.name, "file", image_size=8)
+    usage = SimpleNamespace(free=1000)
+    monkeypatch.setattr(datasets.shutil, "disk_usage", lambda path: usage)
+    message = refusal(photos.name, image_size=8)
+    assert "--data-dir is a disk with 1,000 free bytes" in message
+    assert "4,352" in message  # 128 + 22 * 3 * 8 * 8
+    usage.free = 5000
+    load_photos(photos)
+
+
+# --- images that do not fit ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def both(photos, monkeypatch):
+    """The same images in memory, and read ahead from a memory map; how often np.load mapped its file."""
+    modes, load_array = [], np.load
+    whole = load(photos.name, image_size=8)
+    monkeypatch.setattr(datasets, "IN_MEMORY", 1000)
+    monkeypatch.setattr(
+        np, "load", lambda *a, mmap_mode: (modes.append(mmap_mode), load_array(*a, mmap_mode))[1]
+    )
+    mapped = load(photos.name, image_size=8)
+    assert modes == ["r"]  # with "c" the system wants memory for all of it
+    return whole, mapped
+
+
+def test_batches_of_a_memory_map_are_those_of_memory(both):
+    whole, mapped = both
+    for i in (0, 1, 2, 3, 9, 4, 5, 5, 6, 0, 1):  # five batches an epoch
+        assert torch.equal(mapped.batch(i), whole.batch(i))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_next_batch_of_a_memory_map_is_gathered_ahead_by_one_thread(both, photos, world_size):
+    _, mapped = both
+    parts = [load(photos.name, image_size=8, rank=r, world_size=world_size) for r in range(world_size)]
+    gathered = []
+    for part in parts:
+        part.gather = lambda i, gather=part.gather: (gathered.append((i, threading.get_ident())), gather(i))[
+            1
+        ]
+    for i in range(12):
+        together = torch.cat([part.batch(i) for part in parts])
+        assert torch.equal(together, mapped.batch(i))
+    for part in parts:
+        part.ahead.result()
+    assert sorted(i for i, _ in gathered) == sorted([*range(13)] * world_size)
+    assert len({thread for _, thread in gathered}) == world_size
+    assert threading.get_ident() not in {thread for _, thread in gathered}
+
+
+def test_images_in_memory_need_no_thread(both):
+    whole, mapped = both
+    assert whole.reader is None
+    assert mapped.reader is not None
 
 
 # --- other refusals ------------------------------------------------------------------------------
@@ -518,8 +951,8 @@ def test_a_batch_that_processes_cannot_share_is_refused(name):
 
 
 def test_an_unknown_data_set_is_refused():
-    message = refusal("imagenet")
-    assert "--dataset is imagenet" in message
+    message = refusal("imagenette")
+    assert "--dataset is imagenette" in message
     assert "8gaussians" in message
 
 

@@ -274,7 +274,7 @@ def all_stop_when_one_is_asked_to(rank, world, folder):
     assert not run.stop_asked(9)
     assert run.stop_asked(10)
     with contextlib.redirect_stdout(io.StringIO()) as text, pytest.raises(SystemExit) as exit_:
-        run.leave(folder, 10)
+        run.leave(run.Silent(), folder, 10)
     assert exit_.value.code == 128 + signal.SIGTERM
     assert bool(text.getvalue()) == (rank == 0)
     run.SIGNALS.clear()

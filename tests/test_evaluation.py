@@ -1,17 +1,24 @@
 """Distances against closed forms and torch-fidelity; toys' measures on samplers whose faults are known."""
 
 import hashlib
+import itertools
+import json
 import math
 import os
+import runpy
+import socket
+import sys
 from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from common import datasets, evaluation
-from common.evaluation import Evaluator, common_mmd2, frechet_distance, kernel_distance, toy_metrics
+import mmd_gan_repulsive
+from common import datasets, evaluation, run
+from common.evaluation import Evaluator, KidSchedule, common_mmd2, kernel_distance, toy_metrics
 from common.run import BadInput
 
 CPU = torch.device("cpu")
@@ -22,6 +29,17 @@ def randn(*shape, seed=0):
 
 
 # --- Frechet distance ----------------------------------------------------------------------------
+
+
+def frechet_distance(x, y):
+    return evaluation.frechet_distance(evaluation.statistics(x), evaluation.statistics(y))
+
+
+def test_statistics_are_those_of_numpy_whatever_the_chunks():
+    x = (1000 + randn(5000, 3, seed=1)).float()
+    found = evaluation.statistics(x)
+    assert np.allclose(found["mean"], x.double().mean(0), rtol=1e-14)
+    assert np.allclose(found["covariance"], np.cov(x.double().numpy(), rowvar=False), rtol=1e-10)
 
 
 def with_statistics(n, mean, stds, seed=0):
@@ -47,9 +65,11 @@ def test_frechet_distance_agrees_with_torch_fidelity():
     assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-8)
 
 
-def test_frechet_distance_of_singular_covariances():
+@pytest.mark.parametrize(
+    ("n", "m", "d"), [(12, 9, 40), (12, 90, 40), (90, 12, 40), (41, 41, 40), (6, 300, 200)]
+)
+def test_frechet_distance_of_singular_covariances(n, m, d):
     """tr (C_x C_y)^(1/2) is the nuclear norm of X Y' / sqrt((n-1)(m-1)), X and Y centred: n, m < d."""
-    n, m, d = 12, 9, 40
     x, y = randn(n, d, seed=1), 2 * randn(m, d, seed=2) + 1
     a = (x - x.mean(0)).numpy() / math.sqrt(n - 1)
     b = (y - y.mean(0)).numpy() / math.sqrt(m - 1)
@@ -79,18 +99,47 @@ def test_frechet_distance_is_computed_in_float64():
 def test_kernel_distance_of_constant_features():
     """Whatever the subsets: k(a, a) - 2 k(a, b) + k(b, b) with k = (<a, b> / d + 1)^3."""
     a, b = torch.tensor([1.0, 2.0]), torch.tensor([0.0, -1.0])
-    value = kernel_distance(a.expand(10, 2), b.expand(8, 2), subsets=3)
+    value, error = kernel_distance(a.expand(10, 2), b.expand(8, 2), subsets=3)
     assert value == pytest.approx(3.5**3 - 2 * 0.0**3 + 1.5**3, rel=1e-12)
+    assert error < 1e-12
 
 
 def test_kernel_distance_agrees_with_torch_fidelity():
-    """Over many subsets it tends to the estimate from all, here torch-fidelity's."""
+    """On the same subsets, exactly; over many subsets it tends to torch-fidelity's estimate from all."""
     from torch_fidelity.metric_kid import kernel_mmd
 
-    x, y = randn(40, 6, seed=1), randn(40, 6, seed=2) + 0.5
+    x, y = randn(40, 6, seed=1), randn(44, 6, seed=2) + 0.5
     options = dict(kid_kernel="poly", kid_kernel_poly_degree=3, kid_kernel_poly_gamma=None)
-    expected = kernel_mmd(x.numpy(), y.numpy(), **options, kid_kernel_poly_coef0=1.0)
-    assert kernel_distance(x, y, subsets=2000) == pytest.approx(expected, rel=0.03)
+    options |= dict(kid_kernel_poly_coef0=1.0)
+    generator, values = torch.Generator().manual_seed(0), []
+    for _ in range(7):
+        subsets = [f[torch.randperm(len(f), generator=generator)[:20]].numpy() for f in (x, y)]
+        values.append(kernel_mmd(*subsets, **options))
+    assert kernel_distance(x, y, subsets=7)[0] == pytest.approx(np.mean(values), rel=1e-12)
+    expected = kernel_mmd(x.numpy(), y[:40].numpy(), **options)
+    assert kernel_distance(x, y[:40], subsets=2000)[0] == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize("n", [400, 80])
+def test_kernel_distance_has_the_standard_error_that_repetition_shows(n):
+    """Subsets of 40 of 400, and of 40 of 80: the spread of 100 repetitions, to 25 %."""
+    sets = ((randn(n, 3, seed=seed), randn(n, 3, seed=1000 + seed) + 0.5) for seed in range(100))
+    values, errors = np.array([kernel_distance(x, y, 20, 40) for x, y in sets]).T
+    assert np.std(values, ddof=1) == pytest.approx(np.sqrt(np.mean(errors**2)), rel=0.25)
+
+
+def test_kernel_distance_is_float64_where_float32_is_not_enough():
+    """Features around 500: the kernel is of order 1e16, MMD^2 of order 1e7; against long double."""
+    from torch_fidelity.metric_kid import mmd2
+
+    x, y = (randn(400, 4, seed=1) + 500).float(), (randn(400, 4, seed=2) + 500).float()
+    generator, exact = torch.Generator().manual_seed(0), []
+    for _ in range(5):
+        subsets = [f[torch.randperm(400, generator=generator)[:200]] for f in (x, y)]
+        a, b = (f.numpy().astype(np.longdouble) for f in subsets)
+        exact.append(float(mmd2(*((p @ q.T / 4 + 1) ** 3 for p, q in ((a, a), (a, b), (b, b))))))
+    value, error = kernel_distance(x, y, 5)
+    assert value == pytest.approx(np.mean(exact), abs=1e-4 * error)
 
 
 def test_kernel_distance_of_gaussians_has_its_closed_form():
@@ -99,14 +148,211 @@ def test_kernel_distance_of_gaussians_has_its_closed_form():
     moments = (1 + a / d) ** 3 + 3 * (1 + a / d) * (2 * a + d) / d**2 + 6 * a / d**3
     closed_form = (1 + 3 / d) + moments - 2 * (1 + 3 * (a + d) / d**2)
     assert closed_form == pytest.approx(1.117188, abs=1e-6)
-    values = [kernel_distance(randn(4000, d, seed=s), randn(4000, d, seed=s + 9) + 0.5, 8) for s in (1, 2)]
+    values = [kernel_distance(randn(4000, d, seed=s), randn(4000, d, seed=s + 9) + 0.5, 8)[0] for s in (1, 2)]
     assert np.mean(values) == pytest.approx(closed_form, rel=0.06)
 
 
 def test_kernel_distance_is_0_on_average_where_sets_agree():
-    values = [kernel_distance(randn(60, 4, seed=2 * s), randn(60, 4, seed=2 * s + 1), 5) for s in range(60)]
+    sets = ((randn(60, 4, seed=2 * s), randn(60, 4, seed=2 * s + 1)) for s in range(60))
+    values = [kernel_distance(x, y, 5)[0] for x, y in sets]
     assert abs(np.mean(values)) < 4 * np.std(values) / math.sqrt(60)
     assert min(values) < 0 < max(values)
+
+
+# --- three-sample test ---------------------------------------------------------------------------
+
+
+def cubic(a, b):
+    return (np.dot(a, b) / len(a) + 1) ** 3
+
+
+def test_kernel_sums_against_loops():
+    """The estimates restated: means, and variances of means less those of their noise, pair by pair."""
+    n = 7
+    x, y, z = (randn(n, 3, seed=s).numpy() + s / 4 for s in (1, 2, 3))
+    mmd2, own, by_real = {}, {}, {}
+    pairs = [(i, j) for i in range(n) for j in range(n)]
+    for name, f in (("y", y), ("z", z)):
+        within = [np.mean([cubic(f[j], f[i]) for i in range(n) if i != j]) for j in range(n)]
+        across = [np.mean([cubic(x[i], f[j]) for i in range(n)]) for j in range(n)]
+        by_real[name] = [np.mean([cubic(x[i], f[j]) for j in range(n)]) for i in range(n)]
+        mmd2[name] = np.mean(within) - 2 * np.mean(across)
+        kernel2 = np.mean([cubic(f[i], f[j]) ** 2 for i, j in pairs if i != j])
+        g_yy = kernel2 - 2 * np.mean(np.square(within)) + np.mean(within) ** 2
+        kernel2 = np.mean([cubic(x[i], f[j]) ** 2 for i, j in pairs])
+        g_xy = kernel2 - np.mean(np.square(across)) - np.mean(np.square(by_real[name])) + np.mean(across) ** 2
+        first = np.var([w - a for w, a in zip(within, across)], ddof=1)
+        own[name] = 4 / n * first - (2 * g_yy / (n * (n - 1)) + 4 * g_xy / n**2)
+    shared = 4 / n * np.var([a - b for a, b in zip(by_real["y"], by_real["z"])], ddof=1)
+    new, old = (evaluation.kernel_sums(*map(torch.tensor, (x, f))) for f in (y, z))
+    t, p = evaluation.three_sample_test(new, old)
+    assert t == pytest.approx((mmd2["y"] - mmd2["z"]) / math.sqrt(own["y"] + own["z"] + shared), rel=1e-10)
+    assert p == pytest.approx((1 + math.erf(t / math.sqrt(2))) / 2, rel=1e-10)
+    assert evaluation.three_sample_test(new, old, floor=100.0)[0] == pytest.approx(
+        (mmd2["y"] - mmd2["z"]) / 10, rel=1e-10
+    )
+
+
+# Distributions on two or three points of the line, where expectations are sums.
+POINTS = [0.0, 1.0, -0.5]
+LAWS = {"x": [0.5, 0.5, 0.0], "y": [0.3, 0.7, 0.0], "z": [0.6, 0.4, 0.0]}
+
+
+def exact_variance(laws, n):
+    """Hoeffding's: first-order terms of y, z and x, second-order ones of the kernels' remainders."""
+    k = np.array([[cubic([a], [b]) for b in POINTS] for a in POINTS])
+    x, y, z = (np.array(laws[name]) for name in "xyz")
+
+    def variance(values, law):
+        return values**2 @ law - (values @ law) ** 2
+
+    def remainder(law, other):
+        total = law @ k**2 @ other - (law @ k @ other) ** 2
+        return total - variance(k @ other, law) - variance(k.T @ law, other)
+
+    first = variance(k @ y - k @ x, y) + variance(k @ z - k @ x, z) + variance(k @ y - k @ z, x)
+    second = 2 / (n * (n - 1)) * (remainder(y, y) + remainder(z, z))
+    return 4 / n * first + second + 4 / n**2 * (remainder(x, y) + remainder(x, z))
+
+
+def test_the_variance_that_is_estimated_is_that_of_the_difference():
+    """The formula against all 512 outcomes of three draws from each law on two points."""
+    n, outcomes = 3, []
+    for drawn in itertools.product((0, 1), repeat=3 * n):
+        p = np.prod([LAWS[name][i] for name, i in zip("xxxyyyzzz", drawn)])
+        x, y, z = np.array(POINTS)[np.reshape(drawn, (3, n))][..., None]
+        new, old = (evaluation.kernel_sums(*map(torch.tensor, (x, f))) for f in (y, z))
+        outcomes.append((p, (new["value"] - old["value"]).item()))
+    p, difference = np.array(outcomes).T
+    assert p.sum() == pytest.approx(1)
+    assert p @ difference**2 - (p @ difference) ** 2 == pytest.approx(exact_variance(LAWS, n), rel=1e-10)
+
+
+@pytest.mark.parametrize("degenerate", [False, True])
+def test_the_variance_is_estimated_without_much_bias(degenerate):
+    """The mean of 300 estimates from 100 samples each; of equal laws the first-order term vanishes."""
+    laws = {name: [0.2, 0.3, 0.5] for name in "xyz"} if degenerate else LAWS
+    generator = np.random.default_rng(0)
+    found = []
+    for _ in range(300):
+        draws = (generator.choice(POINTS, (100, 1), p=laws[name]) for name in "xyz")
+        x, y, z = map(torch.tensor, draws)
+        new, old = evaluation.kernel_sums(x, y), evaluation.kernel_sums(x, z)
+        shared = 4 / 100 * (new["by_real"] - old["by_real"]).var()
+        found.append((new["variance"] + old["variance"] + shared).item())
+    assert np.mean(found) == pytest.approx(exact_variance(laws, 100), rel=0.05)
+
+
+def test_the_test_is_calibrated():
+    """d = 8, 200 samples, both shifted by 0.5: t has the standard deviation 1 (0.97 in methods.md 12.4)."""
+    found = []
+    for seed in range(400):
+        x, y, z = (randn(200, 8, seed=3 * seed + i) + (0.5 if i else 0.0) for i in range(3))
+        sums = evaluation.kernel_sums(x, y), evaluation.kernel_sums(x, z)
+        found.append(evaluation.three_sample_test(*sums))
+    t, p = np.array(found).T
+    assert t.std() == pytest.approx(1, abs=0.08)
+    assert abs(t.mean()) < 0.15
+    assert np.mean(p <= 0.1) == pytest.approx(0.1, abs=0.04)
+
+
+def test_an_improvement_is_seen_and_its_opposite_is_not():
+    x, near, far = randn(200, 8, seed=1), randn(200, 8, seed=2) + 0.1, randn(200, 8, seed=3) + 0.6
+    near, far = evaluation.kernel_sums(x, near), evaluation.kernel_sums(x, far)
+    assert evaluation.three_sample_test(near, far)[1] < 0.001
+    assert evaluation.three_sample_test(far, near)[1] > 0.999
+
+
+# --- learning rate by KID ------------------------------------------------------------------------
+
+
+def evaluated(value):
+    """kernel_sums of an evaluation with this KID, whose test has the floor for variance: 0.00316^2."""
+    sums = dict(value=value, variance=0.0)
+    return {k: torch.tensor(v, dtype=torch.float64) for k, v in sums.items()} | {"by_real": torch.zeros(5)}
+
+
+def test_a_scripted_sequence():
+    """methods.md 12.10: ten appends, three failures, memory of 3, seven appends, tests again."""
+    schedule, lengths = KidSchedule(0.5), []
+    for i in range(1, 14):
+        assert schedule.step(evaluated(0.1)) == (0.5 if i == 13 else 1.0)
+        lengths.append(len(schedule.memory))
+    assert lengths == [*range(1, 11), 10, 10, 3]
+    assert [schedule.step(evaluated(0.1)) for _ in range(9)] == [1.0] * 9  # 7 appends, and failures 1 and 2
+    assert len(schedule.memory) == 10
+    assert schedule.step(evaluated(0.1)) == 0.5
+
+
+def test_which_evaluation_is_compared_with_which():
+    schedule = KidSchedule(0.8)
+    for value in range(10):  # 1.0, 0.9, ... 0.1
+        schedule.step(evaluated(1 - value / 10))
+    assert schedule.step(evaluated(0.95)) == 1.0  # better than the oldest, though worse than the last
+    assert [round(sums["value"].item(), 2) for sums in schedule.memory] == [
+        0.9,
+        *(i / 10 for i in range(8, 0, -1)),
+        0.95,
+    ]
+    assert schedule.step(evaluated(0.897)) == 1.0  # by 0.003, less than 1.28 * 0.00316: not enough
+    assert schedule.failures == 1
+    assert schedule.memory[-1]["value"] == 0.95  # the memory stays as it is
+    assert schedule.step(evaluated(0.895)) == 1.0  # by 0.005
+    assert schedule.failures == 0
+    assert schedule.memory[0]["value"] == 0.8
+    for expected in (1.0, 1.0, 0.8):
+        assert schedule.step(evaluated(0.8)) == expected
+    assert [round(sums["value"].item(), 3) for sums in schedule.memory] == [0.95, 0.895, 0.8]
+
+
+def test_a_schedule_goes_on_from_a_checkpoint(tmp_path):
+    generator = np.random.default_rng(0)
+    values = generator.normal(0.1, 0.004, 60)
+    expected, whole = [], KidSchedule(0.8)
+    for value in values:
+        expected.append(whole.step(evaluated(value)))
+    assert expected.count(0.8) >= 2
+    schedule, found = KidSchedule(0.8), []
+    for value in values:
+        found.append(schedule.step(evaluated(value)))
+        torch.save({"schedule": schedule.state_dict()}, tmp_path / "checkpoint.pt")
+        schedule = KidSchedule(0.8)
+        state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+        schedule.load_state_dict(state["schedule"])
+    assert found == expected
+
+
+def test_an_evaluator_gives_the_sums_of_what_it_had_last(monkeypatch):
+    monkeypatch.setattr(evaluation, "TEST_SAMPLES", 100)
+    evaluator, data = digits(eval_samples=120)
+    evaluator.metrics(sampler_of(data.images.flip(3)))
+    found = evaluator.kernel_sums()
+    fake = data.images.flip(3)[:100].flatten(1).double() / 255
+    order = torch.randperm(600, generator=torch.Generator().manual_seed(0))[:100]
+    real = data.images[order].flatten(1).double() / 255
+    for name, value in evaluation.kernel_sums(real, fake).items():
+        assert torch.allclose(found[name], value, rtol=1e-5, atol=1e-9)
+
+
+# --- MS-SSIM -------------------------------------------------------------------------------------
+
+
+def test_ms_ssim_of_equal_images_is_1():
+    half = torch.randint(256, (1, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert evaluation.ms_ssim(torch.cat([half, half])) == pytest.approx(1, abs=1e-6)
+    assert evaluation.ms_ssim(torch.cat([half, 255 - half])) < 0.5
+
+
+@pytest.mark.slow
+def test_ms_ssim_is_the_mean_over_pairs_in_two_chunks():
+    """34 pairs, of which 33 are equal and the last is of two constants: (2ab + c) / (a^2 + b^2 + c)."""
+    half = torch.randint(256, (34, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    other = half.clone()
+    half[33], other[33] = 50, 100
+    c = (0.01 * 255) ** 2
+    luminance = (2 * 50 * 100 + c) / (50**2 + 100**2 + c)  # in the coarsest scale, with its exponent
+    expected = (33 + luminance**0.1333) / 34
+    assert evaluation.ms_ssim(torch.cat([half, other])) == pytest.approx(expected, abs=1e-4)
 
 
 # --- the common MMD ------------------------------------------------------------------------------
@@ -240,8 +486,8 @@ def test_a_standard_normal_sampler_of_8gaussians_is_of_low_quality():
 
 def arguments(**kwargs):
     defaults = dict(dataset="digits", data_dir=".", image_size=None, batch_size=4, seed=0)
-    defaults |= dict(sample_bn="running", ema_decay=0.0)
     defaults |= dict(eval_samples=5000, eval_features="pixels", eval_split="train", inception_weights=None)
+    defaults |= dict(device="cpu")
     return SimpleNamespace(**defaults | kwargs)
 
 
@@ -265,7 +511,7 @@ def test_real_digits_against_themselves():
     evaluator, data = digits()
     metrics = evaluator.metrics(sampler_of(data.images))
     assert evaluator.count == 600
-    assert set(metrics) == {"pixel_frechet", "pixel_kid", "pixel_mmd"}
+    assert set(metrics) == {"pixel_frechet", "pixel_kid", "pixel_kid_se", "pixel_mmd"}
     assert abs(metrics["pixel_frechet"]) < 1e-5
     assert abs(metrics["pixel_kid"]) < 0.001
     assert abs(metrics["pixel_mmd"]) < 0.02  # of order 2 k(0) / 600: pairs of equal images count in k_xy only
@@ -331,7 +577,7 @@ def test_the_protocol_says_what_was_compared():
 
 
 @pytest.mark.parametrize(
-    ("flag", "options"), [("--eval-split", {"eval_split": "test"}), ("--eval-samples", {"eval_samples": 3})]
+    ("flag", "options"), [("--eval-split", {"eval_split": "test"}), ("--eval-samples", {"eval_samples": 9})]
 )
 def test_what_digits_do_not_have_is_refused(flag, options):
     with pytest.raises(BadInput, match=f"^{flag} .*") as caught:
@@ -339,32 +585,327 @@ def test_what_digits_do_not_have_is_refused(flag, options):
     assert "\n" not in str(caught.value)
 
 
-# --- Inception -----------------------------------------------------------------------------------
+# --- Inception's metrics -------------------------------------------------------------------------
 
 
-class FirstPixels(torch.nn.Module):
-    """In place of Inception: takes uint8 RGB images only, and returns their first row."""
+def first_pixels(images):
+    """In place of Inception, for uint8 images only: features are their first row, logits the next two."""
+    assert images.dtype == torch.uint8
+    return images[:, :, 0].flatten(1).float(), images[:, :, 1:3].flatten(1) / 64
 
-    def forward(self, images):
-        assert images.dtype == torch.uint8
-        assert images.shape[1:] == (3, 8, 8)
-        return (images[:, :, 0].flatten(1),)
+
+METRICS = ("fid", "kid", "kid_se", "is", "is_std", "is_all", "precision", "recall")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """first_pixels for Inception; the list has the number of images of each call."""
+    calls = []
+
+    def extractor(images):
+        calls.append(len(images))
+        return first_pixels(images)
+
+    monkeypatch.setattr(evaluation, "load_inception", lambda path, device: (extractor, "6726825d"))
+    return calls
 
 
 @pytest.mark.parametrize(
     ("weights", "names"),
-    [
-        ("6726825d", ("fid", "kid", "inception_mmd")),
-        ("0123abcd", ("frechet[0123abcd]", "kid[0123abcd]", "mmd[0123abcd]")),
-    ],
+    [("6726825d", METRICS), ("0123abcd", [f"{m.replace('fid', 'frechet')}[0123abcd]" for m in METRICS])],
 )
-def test_only_the_published_weights_give_a_fid(monkeypatch, weights, names):
-    monkeypatch.setattr(evaluation, "load_inception", lambda path, device: (FirstPixels(), weights))
-    evaluator, data = digits(eval_features="inception", eval_samples=50)
+def test_only_the_published_weights_give_a_fid(monkeypatch, tmp_path, weights, names):
+    monkeypatch.setattr(evaluation, "load_inception", lambda path, device: (first_pixels, weights))
+    evaluator, data = digits(eval_features="inception", eval_samples=50, data_dir=tmp_path)
     metrics = evaluator.metrics(sampler_of(data.images[50:]))
-    assert tuple(metrics) == names
+    assert tuple(metrics) == tuple(names)
     assert weights in evaluator.protocol["features"]
     assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_metrics_of_inception_against_their_definitions(tiny, tmp_path):
+    """FID and KID: above. IS and precision and recall: here, by loops, on the images the sampler gave."""
+    evaluator, data = digits(eval_features="inception", eval_samples=300, data_dir=tmp_path)
+    images = data.images[300:]
+    metrics = evaluator.metrics(sampler_of(images))
+    fake, logits = first_pixels(images)
+    p = np.exp(logits.double().numpy())
+    p /= p.sum(1, keepdims=True)
+    scores = [math.exp((q * np.log(q / q.mean(0))).sum(1).mean()) for q in (p, *np.split(p, 10))]
+    assert metrics["is_all"] == pytest.approx(scores[0], rel=1e-9)
+    assert metrics["is"] == pytest.approx(np.mean(scores[1:]), rel=1e-9)
+    assert metrics["is_std"] == pytest.approx(np.std(scores[1:]), rel=1e-6)
+    fake, real = fake.double().numpy(), evaluator.reference["features"].double().numpy()
+
+    def share_within(points, of):
+        radius = [np.sort(np.linalg.norm(of - o, axis=1))[3] for o in of]  # the 0th is itself
+        return np.mean([(np.linalg.norm(of - point, axis=1) <= radius).any() for point in points])
+
+    assert 0.1 < metrics["precision"] < 0.99
+    assert metrics["precision"] == pytest.approx(share_within(fake, real), abs=0.01)  # float32 there
+    assert metrics["recall"] == pytest.approx(share_within(real, fake), abs=0.01)
+    assert metrics["fid"] == pytest.approx(frechet_distance(torch.tensor(real), torch.tensor(fake)), rel=1e-9)
+
+
+# --- the reference, cached -----------------------------------------------------------------------
+
+
+def cached(tmp_path, **options):
+    """Metrics of 300 digits against 280, and what is in the cache."""
+    evaluator, data = digits(eval_features="inception", eval_samples=280, data_dir=tmp_path, **options)
+    metrics = evaluator.metrics(sampler_of(data.images[300:]))
+    return metrics, sorted((tmp_path / "evaluation").glob("*"))
+
+
+def test_the_reference_is_computed_once(tiny, tmp_path):
+    first, files = cached(tmp_path)
+    assert sum(tiny) == 560
+    again, same_files = cached(tmp_path)
+    assert sum(tiny) == 560 + 280
+    assert again == first
+    assert same_files == files
+    assert [file.suffix for file in files] == [".npz"]
+
+
+def test_the_cache_knows_what_it_depends_on(tiny, tmp_path, monkeypatch):
+    """Other counts, other images of the same name and number, other weights: each has a file of its own."""
+    cached(tmp_path)
+    digits(eval_features="inception", eval_samples=281, data_dir=tmp_path)
+    monkeypatch.setattr(evaluation, "load_inception", lambda path, device: (first_pixels, "0123abcd"))
+    cached(tmp_path)
+    flipped = datasets.load_images("digits", ".", None, "train").flip(3)
+    monkeypatch.setattr(datasets, "load_images", lambda *args: flipped)
+    assert len(cached(tmp_path)[1]) == 4
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "truncated", "flipped", "pickle"])
+def test_a_damaged_cache_is_computed_again(tiny, tmp_path, capsys, damage):
+    first, (file,) = cached(tmp_path)
+    content, marker = file.read_bytes(), tmp_path / "was-here"
+    if damage == "pickle":
+        np.savez(file, **dict.fromkeys(("features", "mean", "covariance"), np.array([Malicious(marker)])))
+    else:
+        flipped = bytearray(content)
+        flipped[2000] ^= 255
+        file.write_bytes(
+            {"empty": b"", "text": b"<html>", "flipped": bytes(flipped)}.get(damage, content[:-500])
+        )
+    assert "warning" not in capsys.readouterr().out
+    assert cached(tmp_path)[0] == first
+    assert capsys.readouterr().out.count("warning") == 1
+    assert cached(tmp_path)[0] == first
+    assert "warning" not in capsys.readouterr().out
+    assert not marker.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tiny, tmp_path, capsys, monkeypatch):
+    (tmp_path / "evaluation").write_text("a file where a folder should be")
+    metrics = digits(eval_features="inception", eval_samples=280, data_dir=tmp_path)[0]
+    assert capsys.readouterr().out.count("could not be written") == 1
+    assert metrics.reference is not None
+    (tmp_path / "evaluation").unlink()
+
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(np, "savez", full)
+    assert cached(tmp_path)[1] == []  # no half of a file either
+    assert "no space left" in capsys.readouterr().out
+
+
+def test_the_reference_is_the_split_that_was_asked_for(tiny, tmp_path, monkeypatch):
+    """Trained on all, compared with train: not with the images at hand. Asked for all: with these."""
+    images = torch.randint(256, (80, 1, 8, 8), dtype=torch.uint8)
+    monkeypatch.setattr(datasets, "load_images", lambda name, data_dir, size, split: images[:60])
+    data = SimpleNamespace(name="digits", images=images, shape=(1, 8, 8), value_range=(0, 1), split="all")
+    for split, count in (("train", 60), ("all", 80)):
+        evaluator = Evaluator(arguments(eval_split=split), data)
+        assert evaluator.count == len(evaluator.reference["features"]) == count
+        assert evaluator.protocol["reference"] == f"{count} of {split}"
+
+
+def test_a_loaded_set_knows_its_split():
+    assert datasets.load(arguments(), "train", (-1, 1), CPU, 0, 1).split == "train"
+
+
+def test_pixels_of_large_images_are_refused():
+    images = torch.zeros(20, 3, 65, 65, dtype=torch.uint8)
+    data = SimpleNamespace(name="digits", images=images, shape=(3, 65, 65), value_range=(0, 1), split="train")
+    with pytest.raises(BadInput, match="--eval-features is pixels, but should be inception"):
+        Evaluator(arguments(), data)
+
+
+def test_a_run_ends_with_every_metric(tiny, tmp_path):
+    """A script's whole training, with evaluation on (what stands for) Inception."""
+    options = ["--width", "4", "--batch-size", "16", "--total-steps", "2", "--eval-every", "1"]
+    options += ["--eval-samples", "30", "--eval-features", "inception", "--data-dir", str(tmp_path)]
+    module = mmd_gan_repulsive
+    metrics = module.train(run.parse(module.Args, [*options, "--runs-dir", str(tmp_path / "runs")]))
+    (folder,) = (tmp_path / "runs").iterdir()
+    results = json.loads((folder / "results.json").read_text())
+    assert results["metrics"] == metrics
+    assert set(metrics) == set(METRICS)
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert results["protocol"]["samples"] == 30
+
+
+# --- command line --------------------------------------------------------------------------------
+
+
+def compare(*argv):
+    """Run python -m common.evaluation in this process; return its exit status, None for an end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["evaluation", *map(str, argv)])
+        try:
+            runpy.run_module("common.evaluation", run_name="__main__")
+        except SystemExit as exit_:
+            return exit_.code
+
+
+@pytest.fixture
+def sides(tmp_path):
+    """Digits, the first 100 and the next 60, as folders and arrays."""
+    images = datasets.load_images("digits", ".", None, "train")
+    for name, part in (("a", images[:100]), ("b", images[100:160])):
+        (tmp_path / name / "deeper").mkdir(parents=True)
+        for i, image in enumerate(part):
+            Image.fromarray(image[0].numpy()).save(tmp_path / name / "deeper" / f"{i:03d}.png")
+        np.save(tmp_path / f"{name}.npy", part.numpy())
+        np.savez(
+            tmp_path / f"{name}.npz",
+            labels=np.arange(3),
+            images=part.permute(0, 2, 3, 1).expand(-1, -1, -1, 3),
+        )
+        np.savez(tmp_path / f"{name}-symmetric.npz", samples=in_range(part).numpy())
+        np.save(tmp_path / f"{name}-unit.npy", part.numpy() / np.float32(255))
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
+def test_folders_arrays_and_data_sets_are_compared_alike(sides, capsys):
+    """The same images in any form give the same numbers, which are those of the functions."""
+    results, file = [], sides / "results.json"
+    for end in ("", ".npz", ".npy", "-symmetric.npz", "-unit.npy"):
+        pair = sides / f"a{end}", sides / f"b{end}"
+        assert compare(*pair, "--features", "pixels", "--json", file, "--data-dir", sides / "data") is None
+        results.append(json.loads(file.read_text()))
+        assert f"{results[-1]['metrics']['pixel_frechet']:.6g}" in capsys.readouterr().out
+    real, fake = (torch.from_numpy(np.load(sides / f"{n}.npy")).flatten(1).double() / 255 for n in "ab")
+    expected = frechet_distance(real, fake)
+    for channels, result in zip((3, 3, 1, 1, 1), results):  # grey in three channels counts three times
+        assert result["metrics"]["pixel_frechet"] == pytest.approx(channels * expected, rel=1e-5)
+        assert result["metrics"]["pixel_kid"] == pytest.approx(results[0]["metrics"]["pixel_kid"], rel=1e-4)
+        assert (result["protocol"]["reference"], result["protocol"]["samples"]) == ("100 of REAL", 60)
+    for end, distance in (("a.npz", 0), ("b", 3 * expected)):  # grey against colour
+        mixed = sides / "a.npy", sides / end, "--data-dir", sides / "data"
+        assert compare(*mixed, "--features", "pixels", "--json", file) is None
+        found = json.loads(file.read_text())["metrics"]["pixel_frechet"]
+        assert found == pytest.approx(distance, rel=1e-5, abs=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
+def test_a_data_set_against_an_array_with_ms_ssim(sides, capsys):
+    options = ["--features", "pixels", "--ms-ssim", "--eval-samples", "20"]
+    assert compare("digits", sides / "b.npy", *options) is None
+    out = capsys.readouterr().out
+    assert "20 of REAL" in out
+    assert "ms_ssim" in out
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere", "digits"], "REAL nowhere"),
+        (["digits", "nowhere.npy"], "FAKE nowhere.npy"),
+        (["digits", "8gaussians"], "FAKE 8gaussians"),
+        (["digits:test", "digits"], "REAL digits:test"),
+        (["digits", "empty"], "FAKE empty"),
+        (["digits", "mixed"], "--image-size"),
+        (["digits", "broken"], "FAKE broken"),
+        (["digits", "pickle.npy"], "FAKE pickle.npy"),
+        (["digits", "flat.npy"], "(N, H, W, C)"),
+        (["digits", "two.npz"], "(N, H, W, C)"),
+        (["digits", "bright.npy"], "[-1, 1]"),
+        (["digits", "nan.npy"], "[-1, 1]"),
+        (["digits", "whole.npy"], "[-1, 1]"),
+        (["digits", "large.npy"], "FAKE is 9 x 9"),
+        (["digits", "few.npy"], "--eval-samples is 5"),
+        (["digits", "digits", "--eval-samples", "9"], "--eval-samples is 9"),
+        (["digits", "digits", "--json", "nowhere/file.json"], "--json is nowhere/file.json"),
+        (["digits", "digits", "--device", "nonsense"], "--device nonsense"),
+        (["digits", "digits", "--features", "inception", "--inception-weights", "no.pth"], "no.pth"),
+    ],
+    ids=lambda value: value[1] + value[-1] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_compared_is_one_line(argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "mixed", "broken"):
+        (tmp_path / name).mkdir()
+    for side in (8, 9):
+        Image.new("L", (side, side)).save(tmp_path / "mixed" / f"{side}.png")
+    (tmp_path / "broken" / "a.png").write_bytes(b"no image")
+    np.save("pickle.npy", np.array([Malicious(tmp_path / "was-here")], dtype=object))
+    np.save("flat.npy", np.zeros((20, 64), np.uint8))
+    np.savez("two.npz", *[np.zeros((20, 8, 8, 1), np.uint8)] * 2)
+    np.save("bright.npy", np.full((20, 1, 8, 8), 255.0))
+    np.save("nan.npy", np.full((20, 1, 8, 8), np.nan))
+    np.save("whole.npy", np.zeros((20, 1, 8, 8), np.int64))
+    np.save("large.npy", np.zeros((20, 1, 9, 9), np.uint8))
+    np.save("few.npy", np.zeros((5, 1, 8, 8), np.uint8))
+    assert compare(*argv, *([] if "--features" in argv else ["--features", "pixels"])) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "was-here").exists()
+
+
+def test_ms_ssim_without_its_library_is_refused(monkeypatch):
+    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BadInput, match="pip install torchmetrics"):
+        evaluation.main(evaluation.Args("digits", "digits", eval_features="pixels", ms_ssim=True))
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+def evaluate_in_process(rank, world_size, folder, port="0"):
+    """What each of several processes does: three rounds, the reference computed, cached, and of pixels."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    evaluation.load_inception = lambda path, device: (first_pixels, "6726825d")
+    found = []
+    for features in ("inception", "inception", "pixels"):
+        evaluator, data = digits(eval_features=features, data_dir=folder / f"data-{world_size}")
+        sample = sampler_of(data.images.flip(3))
+        found.append((evaluator.metrics(sample), evaluator.kernel_sums(), len([*evaluator.samples(sample)])))
+    torch.save(found, folder / f"{world_size}-{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(tmp_path):
+    """600 images are three chunks: the second process has one, and repeats the last."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "load_inception", None)
+        patch.setattr(os, "environ", dict(os.environ))
+        evaluate_in_process(0, 1, tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    torch.multiprocessing.spawn(evaluate_in_process, (2, tmp_path, port), 2)
+    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    for a, b, c in zip(one, first, second, strict=True):
+        assert a[0] == b[0] == c[0]
+        assert a[2] == b[2] == c[2] == 3
+        for name, value in a[1].items():
+            assert torch.equal(value, b[1][name])
+            assert torch.equal(value, c[1][name])
+    assert len([*(tmp_path / "data-2" / "evaluation").iterdir()]) == 1
+
+
+# --- Inception -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -390,22 +931,36 @@ def test_other_weights_are_accepted_with_a_warning(random_inception, capsys):
     network, weights = evaluation.load_inception(str(random_inception), CPU)
     assert weights == hashlib.sha256(random_inception.read_bytes()).hexdigest()[:8]
     assert "no FID" in capsys.readouterr().out
-    images = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
-    features = network(images)[0]
-    assert features.shape == (2, 2048)
+    images = torch.randint(256, (2, 1, 8, 8), dtype=torch.uint8)
+    features, logits = network(images)
+    assert torch.equal(features, network(images.expand(-1, 3, -1, -1))[0])
+    assert (features.shape, logits.shape) == ((2, 2048), (2, 1008))
     assert (features[0] - features[1]).norm() > 1e-3 * features.norm()
 
 
 @pytest.mark.slow
-def test_distances_on_other_weights_are_named_after_them(random_inception):
-    options = dict(eval_features="inception", inception_weights=str(random_inception), eval_samples=4)
-    evaluator, data = digits(**options)
+def test_distances_on_other_weights_are_named_after_them(random_inception, tmp_path):
+    options = dict(eval_features="inception", inception_weights=str(random_inception), eval_samples=12)
+    evaluator, data = digits(data_dir=tmp_path, **options)
     weights = hashlib.sha256(random_inception.read_bytes()).hexdigest()[:8]
-    same = torch.randperm(600, generator=torch.Generator().manual_seed(0))[:4]  # the reference's
+    same = torch.randperm(600, generator=torch.Generator().manual_seed(0))[:12]  # the reference's
     near = evaluator.metrics(sampler_of(data.images[same]))
     far = evaluator.metrics(lambda n, i: torch.rand(n, 1, 8, 8) * 2 - 1)
-    assert set(near) == {f"frechet[{weights}]", f"kid[{weights}]", f"mmd[{weights}]"}
+    assert set(near) == {f"{name.replace('fid', 'frechet')}[{weights}]" for name in METRICS}
     assert far[f"frechet[{weights}]"] > 10 * abs(near[f"frechet[{weights}]"])
+    assert near[f"precision[{weights}]"] == near[f"recall[{weights}]"] == 1 > far[f"precision[{weights}]"]
+
+
+@pytest.mark.slow
+def test_a_run_on_a_weights_file(random_inception, tmp_path):
+    """A script's whole training with evaluation on a real Inception network, offline."""
+    options = ["--width", "4", "--batch-size", "16", "--total-steps", "1", "--eval-every", "1"]
+    options += ["--eval-samples", "10", "--eval-features", "inception", "--data-dir", str(tmp_path)]
+    options += ["--inception-weights", str(random_inception), "--runs-dir", str(tmp_path / "runs")]
+    module = mmd_gan_repulsive
+    metrics = module.train(run.parse(module.Args, options))
+    assert len(metrics) == len(METRICS)
+    assert all(math.isfinite(value) for value in metrics.values())
 
 
 def refused_weights(path):

@@ -62,7 +62,7 @@ def test_what_train_hands_to_the_losses(tmp_path, monkeypatch, weight):
     assert all(args == ("rbf", sigmas) for *_, args in blocks)
     assert len(blocks) == (3 if weight else 2)
     assert losses["c"][0].item() == pytest.approx(literal_sqrt_mmd(*blocks[0][:2], sigmas), abs=1e-4)
-    assert losses["c"][2] == 0.1  # lambda of the gradient penalty on toys
+    assert losses["c"][2] == 1.0  # lambda of the gradient penalty on toys
     assert losses["g"][0].item() == pytest.approx(literal_sqrt_mmd(*blocks[1][:2], sigmas), abs=1e-4)
     assert losses["g"][2] == weight
     if weight:  # in data space, against the real samples of the same update
@@ -258,7 +258,7 @@ def test_variants_run(tmp_path, dataset, kwargs):
 
 @pytest.mark.parametrize(
     ("kwargs", "weight"),
-    [({}, 0.1), (dict(dataset="digits"), 10.0), (dict(regularizer="l1"), 1e-3),
+    [({}, 1.0), (dict(dataset="digits"), 10.0), (dict(regularizer="l1"), 1e-3),
      (dict(regularizer="l2"), 1e-3), (dict(regularizer="weight-decay"), 1e-3), (dict(lambda_reg=0.0), 0.0)],
 )  # fmt: skip
 def test_default_weights(tmp_path, kwargs, weight):

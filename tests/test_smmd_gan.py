@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import smmd_gan as S
-from common import kernels, run
+from common import evaluation, kernels, run
 
 torch.set_default_dtype(torch.float32)
 W = torch.tensor([[1.0, 2, 2], [0, 3, 4]], dtype=torch.float64)
@@ -556,6 +556,25 @@ def test_defaults_by_constraint(tmp_path):
     assert args["lambda_scale"] == 1.0
 
 
+def test_rate_falls_where_kid_stops_improving(tmp_path, monkeypatch):
+    """After 10 evaluations without a test, 3 failures of it: 0.8 on both players, kept by a checkpoint."""
+    tests = []
+    monkeypatch.setattr(evaluation, "three_sample_test", lambda new, old: (tests.append(1), (0.0, 0.5))[1])
+    options = ["--lr-schedule", "kid", "--n-critic", "1", "--warmup-critic", "1"]
+    smoke(tmp_path, *options, "--total-steps", "12", "--eval-every", "1")
+    (folder,) = tmp_path.iterdir()
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert (len(tests), state["lr_schedule"]["failures"]) == (2, 2)
+    rates = lambda state: [state[name]["param_groups"][0]["lr"] for name in ("g_optimizer", "c_optimizer")]  # noqa: E731
+    assert rates(state) == [1e-3, 1e-3]
+    with pytest.raises(run.BadInput, match="--eval-samples 12"):
+        S.train(run.parse(S.Args, ["--resume", str(folder), "--eval-samples", "12"]))
+    S.train(run.parse(S.Args, ["--resume", str(folder), "--total-steps", "13"]))
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert rates(state) == pytest.approx([8e-4, 8e-4])
+    assert len(state["lr_schedule"]["memory"]) == 3
+
+
 @pytest.mark.parametrize(
     ("options", "flag"),
     [
@@ -566,6 +585,7 @@ def test_defaults_by_constraint(tmp_path):
         ("--lambda-gp -1", "--lambda-gp"),
         ("--clip-norm -1", "--clip-norm"),
         ("--bandwidths 0", "--bandwidths"),
+        ("--lr-schedule kid", "--lr-schedule"),
     ],
 )
 def test_bad_input_is_refused_before_a_folder_is_made(options, flag, tmp_path):
