@@ -1,21 +1,26 @@
-"""Every command of the README must at least be one that its script accepts."""
+"""Every command of the README is accepted by its program, and those that need no files are run."""
 
 import re
+import shlex
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import tyro
 
-from common import run
+from common import evaluation, run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"python (\w+)\.py([^`\n]*)$", README, re.MULTILINE)
+COMMANDS = re.findall(r"^ +(?:python|torchrun .*?) (\w+)\.py([^`\n]*)$", README, re.MULTILINE)
+QUICK = [(s, o) for s, o in COMMANDS if not re.search("resume|folder:|cifar10|mnist", o)]
 
 
 def test_readme_names_every_script():
     assert set(re.findall(r"`(\w+)\.py` \|", README)) == {path.stem for path in ROOT.glob("*.py")}
-    assert len(COMMANDS) >= 6
+    assert len(COMMANDS) >= 13
+    assert len(QUICK) >= 4
+    assert README.count(".py ") >= len(COMMANDS)
 
 
 @pytest.mark.parametrize(("script", "options"), COMMANDS)
@@ -24,5 +29,27 @@ def test_command_parses(script, options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "--resume" in options:  # of a run that there must be
         folder = run.make_folder(args_class(), script, 0)
-        options = options.replace("runs/RUN", str(folder))
-    run.parse(args_class, options.split())
+        options = re.sub(r"runs/RUN|\$run", str(folder), options)
+    run.parse(args_class, shlex.split(options))
+
+
+def test_evaluation_commands_parse():
+    commands = re.findall(r"^ +python -m common\.evaluation (.*)$", README, re.MULTILINE)
+    assert len(commands) == 2
+    for options in commands:
+        tyro.cli(evaluation.Args, args=shlex.split(options))
+
+
+@pytest.mark.parametrize(("script", "options"), QUICK)
+def test_command_runs(script, options, tmp_path):
+    """A few small steps of it."""
+    module = import_module(script)
+    small = ["--total-steps", "2", "--width", "16", "--batch-size", "16", "--eval-samples", "32"]
+    args = run.parse(module.Args, [*shlex.split(options), *small, "--runs-dir", str(tmp_path)])
+    assert module.train(args)
+    assert next(tmp_path.glob("*/samples/0000002.png")).stat().st_size > 0
+
+
+def test_pictures_are_there():
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / path).is_file()
