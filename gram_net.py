@@ -116,6 +116,7 @@ DEFAULTS = {
         eval_features="inception", eval_split="train", sample_bn="batch",
     ),
     "cifar10": dict(image_size=32, eval_split="test"),
+    "celeba": dict(eval_split="test"),
     "stl10": dict(image_size=48),  # ours
     "mnist": dict(
         image_size=28, total_steps=5000, batch_size=200, width=16, bandwidths=(0.1, 1.0, 10.0, 100.0),

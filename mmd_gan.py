@@ -21,15 +21,17 @@ is 4 times smaller for the second set. eval/pixel_mmd (of images, with --eval-fe
 (of toys) use one kernel in data space, whatever the run's own: compare runs by these. [B] only plans
 --kernel laplacian.
 
-Published: CIFAR-10 IS 6.17 [L]; FID 38.39 and, with --architecture gram, 40.00; with --weak-critic too,
-210.85 (Tables 1 and 2 of [S]); IS 5.35, without auto-encoder 5.40, without hinge 3.26 (Table 4 of [S]).
+Published: CIFAR-10 IS 6.17 [L]; IS 5.35, without auto-encoder 5.40, without hinge 3.26 (Table 4 of [S]); FID
+on the test images (--eval-split test) 38.39 and, with --architecture gram, 40.00, with --weak-critic too
+210.85 (Tables 1 and 2 of [S]).
 
 Deviations from the paper [L] and from the authors' code [C]:
   1. M, not its square, and the hinge in both players: [C]. [L]'s game is on MMD^2, and a one-sided
      constraint needs the hinge in the critic only.
   2. The bursts of 100 critic updates: [C].
   3. Batches come from an endless stream of epochs, none of them short. In [C] the last one of an epoch is
-     short, and the generator's update is skipped where an epoch ends during the critic's.
+     short, and the generator's update is skipped where an epoch ends during the critic's. CelebA is cropped
+     as in Wang et al. 2019; [C] keeps its whole width.
   4. No gradient where M is 0, where [C] has NaN.
   5. --kernel rq and laplacian: neither has them; rq takes its alphas from Binkowski et al. 2018.
   6. Image sizes but 32 and 64, MLPs and bandwidths for toys: ours, with larger steps and a wider clip. No

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torchvision
 from filelock import FileLock
 from PIL import Image, ImageOps
@@ -29,7 +30,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import center_crop, resize
 from tqdm import tqdm
 
-from common.run import SIGNALS, BadInput, mix, require
+from common.run import SIGNALS, BadInput, mix, require, several
 
 TOYS = {"8gaussians": 2, "25gaussians": 2, "swissroll": 2, "ring2d": 2, "ring3d": 3}  # name: dimension
 SWISSROLL_STD = 0.25 / 7.5
@@ -237,7 +238,11 @@ def load_images(name: str, data_dir: str, image_size: int | None, split: str) ->
     try:
         if folder or name in LARGE:
             return _convert(name, data_dir, image_size or LARGE[name], parts)
+        if several() and dist.get_rank() > 0:
+            dist.barrier()  # the first process downloads what is missing
         images = torch.cat([_read(name, data_dir, part) for part in parts])
+        if several() and dist.get_rank() == 0:
+            dist.barrier()
     except BadInput:
         raise
     except Exception as error:  # whatever a reader says of files that are not there or not whole

@@ -119,9 +119,12 @@ class Evaluator:
             yield sample(CHUNK, i)[: self.count - start]
 
     def save(self, path: Path, sample: Callable[[int, int], Tensor]) -> None:
-        """Write the samples that are evaluated as the array samples of an .npz file, on the first process."""
-        if self.rank == 0:
-            np.savez(path, samples=torch.cat([*self.samples(sample)]).cpu().numpy())
+        """Write the samples that are evaluated as the array samples of an .npz file; images as uint8."""
+        if self.rank > 0:
+            return
+        images = len(self.data.shape) == 3
+        to_file = (lambda x: datasets.to_uint8(x, self.data.value_range)) if images else (lambda x: x)
+        np.savez(path, samples=torch.cat([to_file(x).cpu() for x in self.samples(sample)]).numpy())
 
     def metrics(self, sample: Callable[[int, int], Tensor]) -> dict[str, float]:
         """Return the metrics of samples: sample(n, i) is chunk i, (n, ...), in the data's value range."""
@@ -488,7 +491,7 @@ def main(args: Args) -> dict[str, float]:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
+        main(run.cli(Args))
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

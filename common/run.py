@@ -75,7 +75,7 @@ def main(train, args_class: type) -> None:
 
 def parse(args_class: type, argv: list[str] | None = None):
     """Return the arguments of a command line; with --resume, those of its run where none is given."""
-    args = _cli(args_class, argv)
+    args = cli(args_class, argv)
     if args.resume is None:
         return args
     try:
@@ -84,10 +84,11 @@ def parse(args_class: type, argv: list[str] | None = None):
         default = args_class(**saved | {"resume": args.resume, "eval_only": False})
     except (OSError, TypeError, AttributeError, ValueError) as error:
         raise BadInput(f"--resume {args.resume}: not a run folder of this script ({error})") from error
-    return _cli(args_class, argv, default=default)
+    return cli(args_class, argv, default=default)
 
 
-def _cli(args_class: type, argv: list[str] | None, **default):
+def cli(args_class: type, argv: list[str] | None = None, **default):
+    """Return what tyro makes of a command line; what it cannot use is BadInput."""
     text = io.StringIO()
     try:
         with contextlib.redirect_stderr(text):
@@ -146,7 +147,8 @@ def start(device: str) -> tuple[torch.device, int, int]:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise BadInput(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+        problem = str(error).splitlines()[0]
+        raise BadInput(f"--device {name} cannot be used here, but cpu can: {problem}") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True  # Gram matrices: no TF32
@@ -245,12 +247,27 @@ def make_folder(args, script: str, rank: int) -> Path:
                 folder, again = first.with_name(f"{first.name}-{again}"), again + 1
         (folder / "samples").mkdir(exist_ok=True)
         if not args.eval_only:
-            (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+            write_json(folder / "args.json", dataclasses.asdict(args))
     except OSError as error:
-        raise BadInput(f"run folder {folder} cannot be written: {error}") from error
+        raise BadInput(f"run folder {folder} (--runs-dir) cannot be written: {error}") from error
     options = [f"--{key.replace('_', '-')} {value}" for key, value in dataclasses.asdict(args).items()]
     print(f"{script}.py", *options, f"\nin {folder}", flush=True)
     return folder
+
+
+def write_whole(path: Path, write) -> None:
+    """Write a file by write(file), whole or not at all: a killed run or a full disk leaves the old one."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write content as JSON, whole or not at all."""
+    write_whole(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
 
 
 class Silent:
@@ -282,7 +299,7 @@ def save_results(folder: Path, args, step: int, metrics: dict, protocol: dict, r
         return
     protocol = protocol | {"batch_norm": args.sample_bn, "ema_decay": args.ema_decay}
     results = {"step": step, "metrics": metrics, "protocol": protocol}
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_json(folder / "results.json", results)
     tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
 
@@ -292,17 +309,16 @@ def save_checkpoint(folder: Path, args, script: str, step: int, models: dict, ra
     if rank > 0:
         return
     state = {name: model.state_dict() for name, model in models.items()}
-    path, partial = folder / "checkpoint.pt", folder / "checkpoint.partial"
+    path, content = (
+        folder / "checkpoint.pt",
+        {"script": script, "args": dataclasses.asdict(args), "step": step},
+    )
     if not all(t.isfinite().all() for t in tree_leaves(state) if isinstance(t, torch.Tensor)):
         raise Failed(f"weights were not finite at step {step}; {path} is the last good state")
     try:
-        with open(partial, "wb") as file:
-            torch.save({"script": script, "args": dataclasses.asdict(args), "step": step} | state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_whole(path, lambda file: torch.save(content | state, file))
     except (OSError, RuntimeError) as error:
-        raise Failed(f"{partial} could not be written ({error}); {path} is the last good state") from error
+        raise Failed(f"{path} could not be written ({error}); it is still the last good state") from error
 
 
 def load_checkpoint(args, script: str, models: dict) -> int:
@@ -319,9 +335,12 @@ def load_checkpoint(args, script: str, models: dict) -> int:
     except Exception as error:
         raise BadInput(f"--resume: {path} is missing, damaged or no checkpoint ({error!r:.90})") from error
     require(saved_script == script, "--resume", args.resume, f"a run of {script}.py, not {saved_script}.py")
-    # What decides the learning rate may not change.
-    fixed = {name for name in MAY_CHANGE if name.startswith("eval_") and name != "eval_only"}
-    may_change = MAY_CHANGE - (fixed if getattr(args, "lr_schedule", "constant") == "kid" else set())
+    may_change = MAY_CHANGE
+    if (
+        getattr(args, "lr_schedule", "constant") == "kid" and not args.eval_only
+    ):  # evaluations decide the rate
+        may_change = MAY_CHANGE - {"eval_every", "eval_samples", "eval_features", "eval_split"}
+        may_change -= {"inception_weights"}
     changed = [
         f"--{key.replace('_', '-')} {value} (was {saved.get(key)})"
         for key, value in dataclasses.asdict(args).items()

@@ -125,7 +125,7 @@ def test_train_shares_its_lines(pair):
 def test_length_and_banners(script):
     source = (ROOT / f"{script}.py").read_text()
     docstring = ast.parse(source).body[0].end_lineno
-    assert len(source.splitlines()) - docstring <= (515 if script == "smmd_gan" else 400)
+    assert len(source.splitlines()) - docstring <= (520 if script == "smmd_gan" else 400)
     banners = re.findall(r"^# --- (.*?) -+$", source, re.MULTILINE)
     assert banners == ["imports", "arguments", "networks", "losses", "sampling", "training"]
 

@@ -560,9 +560,12 @@ def test_rate_falls_where_kid_stops_improving(tmp_path, monkeypatch):
     """After 10 evaluations without a test, 3 failures of it: 0.8 on both players, kept by a checkpoint."""
     tests = []
     monkeypatch.setattr(evaluation, "three_sample_test", lambda new, old: (tests.append(1), (0.0, 0.5))[1])
+    features = lambda images: (images.flatten(1).float() / 255, images.flatten(1)[:, :9].float() / 255)  # noqa: E731
+    monkeypatch.setattr(evaluation, "load_inception", lambda path, device: (features, "00000000"))
     options = ["--lr-schedule", "kid", "--n-critic", "1", "--warmup-critic", "1"]
-    smoke(tmp_path, *options, "--total-steps", "12", "--eval-every", "1")
-    (folder,) = tmp_path.iterdir()
+    options += ["--eval-features", "inception", "--data-dir", str(tmp_path / "data")]
+    smoke(tmp_path / "runs", *options, "--total-steps", "12", "--eval-every", "1")
+    (folder,) = (tmp_path / "runs").iterdir()
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert (len(tests), state["lr_schedule"]["failures"]) == (2, 2)
     rates = lambda state: [state[name]["param_groups"][0]["lr"] for name in ("g_optimizer", "c_optimizer")]  # noqa: E731
@@ -586,6 +589,8 @@ def test_rate_falls_where_kid_stops_improving(tmp_path, monkeypatch):
         ("--clip-norm -1", "--clip-norm"),
         ("--bandwidths 0", "--bandwidths"),
         ("--lr-schedule kid", "--lr-schedule"),
+        ("--as-coded", "--as-coded"),
+        ("--scale-form poster --constraint none", "--scale-form"),
     ],
 )
 def test_bad_input_is_refused_before_a_folder_is_made(options, flag, tmp_path):
