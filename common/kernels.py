@@ -267,9 +267,7 @@ class _FusedMMD2(torch.autograd.Function):
         rows = [slice(i, min(i + size, end)) for i, end in ((0, n), (n, n + m)) for i in range(i, end, size)]
         for a, b in combinations_with_replacement([slice(0, n + m)] if whole else rows, 2):
             d2 = (sq[a, None] + sq[b]).addmm_(z[a], z[b].T, alpha=-2)  # in place: autocast leaves it alone
-            diagonal = a is b or (
-                paired and b.start == a.start + n
-            )  # its pairs: a point and itself, or x_i, y_i
+            diagonal = a is b or (paired and b.start == a.start + n)  # is of pairs z_i, z_i, or x_i, y_i
             if diagonal:
                 d2.fill_diagonal_(0)
             k, h = _kernel_and_derivative(d2, kernel, bandwidths, whole)
