@@ -261,27 +261,31 @@ class _FusedMMD2(torch.autograd.Function):
         z -= z.mean(0)  # as in squared_distances
         sq = (z * z).sum(1)
         gap, paired = estimator != "biased", estimator == "u-statistic"
-        w_xx, w_xy, w_yy = 1 / (n * (n - gap)), -1 / (n * (m - paired)), 1 / (m * (m - gap))
+        w_xx, w_xy, w_yy = blocks = 1 / (n * (n - gap)), -1 / (n * (m - paired)), 1 / (m * (m - gap))
         value, hz, h1 = 0, torch.zeros_like(z), torch.zeros_like(sq)
         whole, size = n + m <= SMALL, TILE if z.is_cpu else 4 * TILE  # what a cache holds; what fills a GPU
         rows = [slice(i, min(i + size, end)) for i, end in ((0, n), (n, n + m)) for i in range(i, end, size)]
         for a, b in combinations_with_replacement([slice(0, n + m)] if whole else rows, 2):
             d2 = (sq[a, None] + sq[b]).addmm_(z[a], z[b].T, alpha=-2)  # in place: autocast leaves it alone
-            k, h = _kernel_and_derivative(d2, kernel, bandwidths)
-            if a is b or (paired and b.start == a.start + n):
-                k.fill_diagonal_(0 if gap else len(bandwidths))
+            diagonal = a is b or (paired and b.start == a.start + n)  # is of pairs z_i, z_i, or x_i, y_i
+            if diagonal:
+                d2.fill_diagonal_(0)
+            k, h = _kernel_and_derivative(d2, kernel, bandwidths, whole)
+            if diagonal:
                 h.fill_diagonal_(0)  # z_i - z_i is 0, but not a difference of rounded multiples of it
-            weight = (w_xx if b.start < n else w_xy if a.start < n else w_yy) * (1 if a is b else 2)
             if whole:
-                weight = _weights(n, m, w_xx, w_xy, w_yy, paired, z.dtype, z.device)
-            value = value + k.mul_(weight).sum()
-            h.mul_(weight)
+                weight, weights = 1, _weights(n, m, blocks, gap, paired, z.dtype, z.device)
+                k, h = k.mul_(weights).sum(), h.mul_(weights)
+            else:
+                weight = (w_xx if b.start < n else w_xy if a.start < n else w_yy) * (1 if a is b else 2)
+                k = k - len(bandwidths) * len(d2) * (gap and diagonal)  # K(0) of each
+            value = value + k * weight
             for i, j, h_ij in [(a, b, h), (b, a, h.T)][: 1 if a is b else 2]:
                 if (need_x and i.start < n) or (need_y and i.stop > n):
-                    h1[i].add_(h_ij.sum(1), alpha=4 if a is b else 2)
-                    depth = 24 if whole else 128  # sums in parts: large terms of close pairs cancel better
-                    for part in zip(h_ij.split(depth, 1), z[j].split(depth)):
-                        hz[i].addmm_(*part, alpha=-4 if a is b else -2)
+                    factor, depth = weight * (4 if a is b else 2), 24 if whole else 128
+                    h1[i].add_(h_ij.sum(1), alpha=factor)
+                    for part in zip(h_ij.split(depth, 1), z[j].split(depth)):  # short sums: close pairs have
+                        hz[i].addmm_(*part, alpha=-factor)  # large terms that must cancel
         ctx.save_for_backward(x, y, hz.addcmul_(h1[:, None], z))
         return value
 
@@ -296,14 +300,14 @@ def _scaled_gradient(ctx, upstream: Tensor, x: Tensor, y: Tensor, gradient: Tens
     return *(part if need else None for part, need in zip(parts, ctx.needs_input_grad)), None, None, None
 
 
-def _kernel_and_derivative(d2: Tensor, kernel: str, bandwidths: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Return K(d2) and K'(d2), of the shape of d2."""
+def _kernel_and_derivative(d2: Tensor, kernel: str, bandwidths: tuple, few: bool) -> tuple[Tensor, Tensor]:
+    """Return K(d2) if there are few points, else its sum, and K'(d2)."""
     rates = sorted((-0.5 / s ** (2 if kernel == "rbf" else 1) for s in bandwidths), reverse=True)
-    if d2.numel() <= SMALL**2:  # few launches: every operation is on all bandwidths at once
+    if few:  # few launches: every operation is on all bandwidths at once
         rate = _constants(tuple(rates), d2.dtype, d2.device)
         k, dk = _term(d2, kernel, rate)
         return k.sum(0), dk.mul_(rate if kernel == "rbf" else -0.5).sum(0)
-    (k, dk), k_s, base, done = d2.new_zeros(2, *d2.shape), None, math.nan, 0
+    k, dk, k_s, base, done = 0, None, None, math.nan, 0
     for rate in rates:
         power = math.log2(rate / base)
         if kernel == "rbf" and power < 4.5 and math.isclose(power, round(power), abs_tol=1e-9):
@@ -314,8 +318,9 @@ def _kernel_and_derivative(d2: Tensor, kernel: str, bandwidths: tuple[float, ...
                 done += 1
         else:
             (k_s, dk_s), base, done = _term(d2, kernel, rate), rate, 0
-        k += k_s
-        dk.add_(dk_s, alpha=rate if kernel == "rbf" else -0.5)
+        scale = rate if kernel == "rbf" else -0.5
+        k = k + k_s.sum()
+        dk = dk_s * scale if dk is None else dk.add_(dk_s, alpha=scale)
     return k, dk
 
 
@@ -336,11 +341,10 @@ def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.devi
 
 
 @functools.cache
-def _weights(n: int, m: int, xx: float, xy: float, yy: float, paired: bool, dtype, device) -> Tensor:
-    """Return the weights (n + m, n + m) of all pairs; paired: none for x_i with y_i."""
-    weights = torch.full((n + m, n + m), xy, dtype=dtype, device=device)
-    weights[:n, :n], weights[n:, n:] = xx, yy
-    if paired:
-        weights.diagonal(n).zero_()
-        weights.diagonal(-n).zero_()
+def _weights(n: int, m: int, blocks: tuple, gap: bool, paired: bool, dtype, device) -> Tensor:
+    """Return weights (n + m, n + m) of pairs by block; gap: 0 for z_i, z_i; paired: 0 for x_i, y_i."""
+    weights = torch.full((n + m, n + m), blocks[1], dtype=dtype, device=device)
+    weights[:n, :n], weights[n:, n:] = blocks[0], blocks[2]
+    for offset in [0] * gap + [n, -n] * paired:
+        weights.diagonal(offset).zero_()
     return weights

@@ -233,7 +233,7 @@ def step_seconds(script: str, n: int, runs_dir: str, **settings) -> np.ndarray:
 def measure_bf16(rounds: int, tiny: bool, folder: str) -> None:
     """Steps of mmd_gan_repulsive.py with the paper's networks for CIFAR-10, on noise of that size."""
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        print("| step in float32 / bf16 | this CPU has no bf16 | | >= 1.4 | |")
+        print("| step, fp32 / bf16 | this CPU has no bf16 | | >= 1.4 | |")
         return
     batch, rng = 2 if tiny else 16, np.random.default_rng(0)
     for i in range(batch):

@@ -12,7 +12,9 @@ from hypothesis.extra.numpy import arrays
 from torch import nn
 
 from common import kernels
-from common.kernels import gram_blocks, mmd2, sqrt_mmd, squared_distances
+from common.kernels import fused_mmd2, gram_blocks, mmd2, sqrt_mmd, squared_distances
+from reproduce.speed import Counter, count, plain_mmd2
+from reproduce.speed import fused_mmd2 as fused_rbf
 
 # name: bandwidths. More than one, unequal: a mean instead of a sum, or a mixed-up order, would show.
 KERNELS = {
@@ -415,6 +417,190 @@ def test_u_statistic_of_unequal_sizes_is_an_error():
         mmd2(torch.eye(3), torch.ones(3, 4), torch.eye(4), "u-statistic")
 
 
+# --- fused ---------------------------------------------------------------------------------------
+
+FUSED = {"rbf": (0.5, 1.0, 1.7, 2.0, 8.0), "rq": (0.2, 1.0, 5.0)}  # squared: 8 (exp), 2, 1, 0.5; exp: 1.7
+WHOLE, TILED = (128, 512), (0, 5)  # SMALL and TILE
+
+
+def use_tiles(tiles, monkeypatch):
+    monkeypatch.setattr(kernels, "SMALL", tiles[0])
+    monkeypatch.setattr(kernels, "TILE", tiles[1])
+
+
+@pytest.mark.parametrize("tiles", [WHOLE, TILED, (0, 4)])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_mmd2_is_the_plain_one_in_float64(name, estimator, tiles, monkeypatch):
+    """Value, gradient times an upstream one, and gradients of one side; n != m where that is allowed."""
+    use_tiles(tiles, monkeypatch)
+    x = randn(11, 3, seed=1).requires_grad_()
+    y = (randn(11 if estimator == "u-statistic" else 13, 3, seed=2) + 0.5).requires_grad_()
+    plain = mmd2(*gram_blocks(x, y, name, FUSED[name]), estimator)
+    fused = fused_mmd2(x, y, name, FUSED[name], estimator)
+    assert fused.item() == pytest.approx(plain.item(), abs=1e-14)
+    expected = torch.autograd.grad(-3 * plain, (x, y))
+    torch.testing.assert_close(torch.autograd.grad(-3 * fused, (x, y)), expected, rtol=1e-12, atol=1e-15)
+    for sides in ((x.detach(), y), (x, y.detach()), (x.detach(), y.detach())):
+        value = fused_mmd2(*sides, name, FUSED[name], estimator)
+        assert value.item() == fused.item()
+        for side, gradient in zip(sides, expected):
+            if side.requires_grad:
+                torch.testing.assert_close(torch.autograd.grad(-3 * value, side)[0], gradient)
+
+
+@pytest.mark.parametrize("tiles", [WHOLE, TILED])
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_gradient_against_finite_differences(name, tiles, monkeypatch):
+    use_tiles(tiles, monkeypatch)
+    x, y = randn(7, 2, seed=1).requires_grad_(), (randn(6, 2, seed=2) + 1).requires_grad_()
+    for estimator in ("biased", "unbiased"):
+        assert torch.autograd.gradcheck(lambda x, y: fused_mmd2(x, y, name, FUSED[name], estimator), (x, y))  # noqa: B023
+
+
+@pytest.mark.parametrize("tiles", [WHOLE, (0, 512)])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("name", "bandwidths"), [("rbf", (1, 2, 4, 8, 16)), ("rq", (0.2, 0.5, 1, 2, 5))])
+def test_fused_mmd2_is_accurate(name, bandwidths, case, tiles, monkeypatch):
+    """In float32, against float64 by differences; rbf at the features' scale, else value or gradient is 0."""
+    use_tiles(tiles, monkeypatch)
+    x, y, scale = features(case)
+    bandwidths = tuple(s * scale if name == "rbf" else s for s in bandwidths)
+    z = torch.cat([x, y]).double().requires_grad_()
+    k = kernels.RADIAL[name]((z[:, None] - z[None]).square().sum(2), bandwidths)
+    reference = mmd2(k[:64, :64], k[:64, 64:], k[64:, 64:], "biased")
+    (gradient,) = torch.autograd.grad(reference, z)
+    x, y = x.requires_grad_(), y.requires_grad_()
+    value = fused_mmd2(x, y, name, bandwidths, "biased")
+    got = torch.cat(torch.autograd.grad(value, (x, y)))
+    limit = 1e-4 if case == "close pairs" else 5e-6
+    if name == "rq" and case == "duplicates" and tiles != WHOLE:
+        limit = 1e-5  # 7e-6: K' is 100 times larger at 0 than elsewhere, and float32 sums feel it
+    assert got.dtype == value.dtype == torch.float32
+    assert relative_error(got, gradient) <= limit
+    # The value is a difference of means of up to len(bandwidths) each: about an ulp of those.
+    assert value.item() == pytest.approx(reference.item(), abs=1e-7 * len(bandwidths))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("tiles", [WHOLE, TILED])
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_mmd2_promotes_half_and_does_not_feel_autocast(name, tiles, dtype, monkeypatch):
+    use_tiles(tiles, monkeypatch)
+    x, y = (randn(8, 4, seed=seed).to(dtype).requires_grad_() for seed in (1, 2))
+    outside = fused_mmd2(x, y, name, FUSED[name], "unbiased")
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = fused_mmd2(x, y, name, FUSED[name], "unbiased")
+    gradients = [torch.cat(torch.autograd.grad(value, (x, y))) for value in (outside, inside)]
+    assert outside.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(outside, inside)
+    assert gradients[0].dtype == dtype
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("tiles", [WHOLE, TILED])
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_mmd2_of_far_points_and_of_what_is_not_finite(name, tiles, monkeypatch):
+    use_tiles(tiles, monkeypatch)
+    x, y = 1e6 * randn(8, 4, seed=1, dtype=torch.float32), 1e6 * randn(8, 4, seed=2, dtype=torch.float32)
+    far = fused_mmd2(x.requires_grad_(), y, name, FUSED[name], "biased")
+    (gradient,) = torch.autograd.grad(far, x)
+    assert far.item() == pytest.approx(2 * len(FUSED[name]) / 8, rel=0.1)  # the diagonals alone
+    assert (gradient == 0).all() if name == "rbf" else gradient.isfinite().all()
+    x.data[3, 2] = math.nan
+    assert fused_mmd2(x, y, name, FUSED[name], "biased").isnan()
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_mmd2_cannot_be_differentiated_twice(name):
+    """Also where nothing but x and y could carry a second derivative, so that 0 would come out unnoticed."""
+    x, y = randn(5, 2, seed=1).requires_grad_(), randn(5, 2, seed=2).requires_grad_()
+    (gradient,) = torch.autograd.grad(fused_mmd2(x, y, name, (1.0,), "biased"), y, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (x.sum() + gradient.square().sum()).backward()
+
+
+def test_other_kernels_take_the_plain_way():
+    x, y = randn(5, 2, seed=1), randn(6, 2, seed=2)
+    for name in KERNELS:
+        expected = mmd2(*gram_blocks(x, y, name, KERNELS[name]), "unbiased").item()
+        assert fused_mmd2(x, y, name, KERNELS[name], "unbiased").item() == pytest.approx(expected, abs=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "estimator"),
+    [(3, 3, "median"), (1, 3, "unbiased"), (3, 1, "u-statistic"), (3, 4, "u-statistic")],
+)
+def test_fused_mmd2_refuses_what_mmd2_refuses(n, m, estimator):
+    x, y = randn(n, 2, seed=1), randn(m, 2, seed=2)
+    for function in (fused_mmd2, lambda *args: mmd2(*gram_blocks(*args[:-1]), args[-1])):
+        with pytest.raises(ValueError, match=r"median|unbiased|u-statistic|square"):
+            function(x, y, "rbf", (1.0,), estimator)
+
+
+# --- what fused_mmd2 costs: exact counts ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_memory_of_fused_mmd2_at_1000_by_784(both):
+    """A sixth of the plain way's at most; 143 and 20 MiB."""
+    plain, fused = (count(f, 1000, 784, both).peak for f in (plain_mmd2, fused_rbf))
+    assert plain > 8 * 4 * 2000**2  # what it cannot do without: five exponentials and their sum, and d2
+    assert 6 * fused <= plain
+    assert fused > 2 * 4 * 2000 * 784  # z and its gradient
+
+
+class Largest(Counter):
+    """Also notes all names of operations, and the size of the largest tensor that one made."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.largest = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(function, types, args, kwargs)
+        self.names.append(function.__name__.split(".")[0])
+        self.largest = max(self.largest, out.numel() if isinstance(out, torch.Tensor) else 0)
+        return out
+
+
+def operations(x, y, kernel, bandwidths):
+    kernels.fused_mmd2(x, y, kernel, bandwidths, "unbiased")  # what is made once is not counted
+    with Largest() as counter:
+        kernels.fused_mmd2(x, y, kernel, bandwidths, "unbiased").backward()
+    return counter
+
+
+def test_launches_of_few_points():
+    assert count(plain_mmd2, 64, 16, True).operations > 70
+    assert count(fused_rbf, 64, 16, True).operations <= 36
+    x, y = randn(64, 16, seed=1).requires_grad_(), randn(64, 16, seed=2).requires_grad_()
+    assert operations(x, y, "rq", (0.2, 0.5, 1.0, 2.0, 5.0)).operations <= 42
+    few, many = (operations(x, y, "rbf", tuple(range(1, s + 1))).operations for s in (2, 20))
+    assert few == many
+
+
+@pytest.mark.parametrize(("both", "products"), [(True, 16), (False, 8)])
+def test_tiles_are_visited_once_and_sides_without_gradient_not_multiplied(both, products, monkeypatch):
+    """Four rows of tiles: 10 tiles for d2, and h z for the 4 + 2 * 6 rows of tiles that are wanted."""
+    use_tiles((0, 100), monkeypatch)  # less than the 128 after which a sum is cut
+    x, y = randn(200, 3, seed=1).requires_grad_(both), randn(200, 3, seed=2).requires_grad_()
+    counter = operations(x, y, "rbf", (1.0,))
+    assert counter.names.count("addmm_") == 10 + products
+    assert counter.largest == 100 * 100  # neither n x n nor n x n x scales
+
+
+@pytest.mark.parametrize(
+    ("bandwidths", "exponentials"),
+    [((1, 2, 4, 8, 16), 2), ((16, 4, 1), 2), ((1, 2, 4), 1), ((1, 2, 3), 2), ((1, 1.5, 2.7), 3), ((2, 2), 1),
+     ([v**0.5 for v in (2, 5, 10, 20, 40, 80)], 2)],
+)  # fmt: skip
+def test_ladders_of_bandwidths_are_squared(bandwidths, exponentials, monkeypatch):
+    use_tiles((0, 100), monkeypatch)
+    x, y = randn(20, 3, seed=1).requires_grad_(), randn(20, 3, seed=2).requires_grad_()
+    assert operations(x, y, "rbf", bandwidths).names.count("exp_") == 3 * exponentials
+
+
 # --- properties ----------------------------------------------------------------------------------
 
 points = arrays(np.float64, st.tuples(st.integers(2, 8), st.just(3)), elements=st.floats(-10, 10, width=32))
@@ -478,7 +664,8 @@ def small_critic_loss(real, fake):
     torch.manual_seed(0)
     critic, fakes = nn.Linear(3, 2).double(), nn.Linear(3, 3).double()
     f_real, f_fake = kernels.gather(critic(real)), kernels.gather(critic(fakes(fake)))
-    return mmd2(*gram_blocks(f_real, f_fake, "rq", (0.5, 2.0)), "unbiased"), critic, fakes
+    plain = mmd2(*gram_blocks(f_real, f_fake, "rq", (0.5, 2.0)), "unbiased")
+    return plain + kernels.fused_mmd2(f_real, f_fake, "rbf", (1.0, 2.0), "biased"), critic, fakes
 
 
 def one_of_two_processes(rank, folder):
