@@ -121,8 +121,8 @@ DEFAULTS = {
     "stl10": dict(image_size=48),  # ours
     "mnist": dict(image_size=28, batch_size=50, eval_features="pixels"),  # fashion-mnist too
     "digits": dict(
-        image_size=8, total_steps=1000, width=32, latent_dim=32, learning_rate=1e-3,
-        critic_learning_rate=1e-3, eval_every=500, eval_features="pixels",
+        image_size=8, total_steps=1000, width=32, latent_dim=32, learning_rate=5e-4,
+        critic_learning_rate=5e-4, eval_every=500, eval_features="pixels",
     ),  # ours
     "toys": dict(
         total_steps=4000, batch_size=256, width=256, latent_dim=2, learning_rate=5e-4, n_critic=2,

@@ -433,6 +433,7 @@ def train(args: Args) -> dict[str, float]:
     step = run.load_checkpoint(args, SCRIPT, models)  # 0 without --resume
     if args.compile:
         generator.compile()
+        critic.compile(disable=args.constraint != "none")  # its gradient is differentiated again
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     # Run folder

@@ -4,9 +4,14 @@ Everywhere x = real and y = fake: k_xx is real-real, k_xy real-fake, k_yy fake-f
 a sum over its bandwidths, never a mean. Half types are promoted to float32, float64 is kept.
 """
 
+import functools
+import math
+from itertools import combinations_with_replacement
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -217,3 +222,125 @@ def sqrt_mmd(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor) -> Tensor:
     The unbiased estimates are negative about half of the time near equality: no square root there.
     """
     return safe_sqrt(mmd2(k_xx, k_xy, k_yy, "biased"))
+
+
+# --- MMD^2 without Gram matrices -----------------------------------------------------------------
+
+SMALL, TILE = 128, 512  # points, real and fake, up to which there is one tile; rows of a tile beyond
+
+
+def fused_mmd2(x: Tensor, y: Tensor, kernel: str, bandwidths: tuple[float, ...], estimator: str) -> Tensor:
+    """Return mmd2(*gram_blocks(x, y, kernel, bandwidths), estimator), with its gradient made on the way.
+
+    For rbf and rq only a tile of the Gram matrix is ever held, and there is no second derivative
+    (RuntimeError); other kernels take the plain way. Arguments: as for gram_blocks and mmd2.
+
+    Raises:
+        ValueError: an unknown estimator, or numbers of samples that it does not allow.
+    """
+    if kernel not in ("rbf", "rq"):
+        return mmd2(*gram_blocks(x, y, kernel, bandwidths), estimator)
+    fewest = {"biased": 1, "unbiased": 2, "u-statistic": 2}.get(estimator, math.inf)
+    if min(len(x), len(y)) < fewest or (estimator == "u-statistic" and len(x) != len(y)):
+        raise ValueError(f"no {estimator!r} estimate can be made of {len(x)} and {len(y)} samples")
+    return _FusedMMD2.apply(at_least_float32(x), at_least_float32(y), kernel, bandwidths, estimator)
+
+
+class _FusedMMD2(torch.autograd.Function):
+    """With z = [x; y], d2_ij = ||z_i - z_j||^2 and the estimator's weights w_ij = w_ji,
+
+    MMD^2 = sum_ij w_ij K(d2_ij), so with h_ij = w_ij K'(d2_ij)
+    dMMD^2 / dz_i = 4 sum_j h_ij (z_i - z_j) = 4 (h 1)_i z_i - 4 (h z)_i: beside d2, one more product.
+    Of two tiles that mirror each other only one is visited.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor, kernel: str, bandwidths: tuple, estimator: str) -> Tensor:
+        n, m, (need_x, need_y) = len(x), len(y), ctx.needs_input_grad[:2]
+        z = torch.cat([x, y])
+        z -= z.mean(0)  # as in squared_distances
+        sq = (z * z).sum(1)
+        gap, paired = estimator != "biased", estimator == "u-statistic"
+        w_xx, w_xy, w_yy = 1 / (n * (n - gap)), -1 / (n * (m - paired)), 1 / (m * (m - gap))
+        value, hz, h1 = 0, torch.zeros_like(z), torch.zeros_like(sq)
+        whole, size = n + m <= SMALL, TILE if z.is_cpu else 4 * TILE  # what a cache holds; what fills a GPU
+        rows = [slice(i, min(i + size, end)) for i, end in ((0, n), (n, n + m)) for i in range(i, end, size)]
+        for a, b in combinations_with_replacement([slice(0, n + m)] if whole else rows, 2):
+            d2 = (sq[a, None] + sq[b]).addmm_(z[a], z[b].T, alpha=-2)  # in place: autocast leaves it alone
+            k, h = _kernel_and_derivative(d2, kernel, bandwidths)
+            if a is b or (paired and b.start == a.start + n):
+                k.fill_diagonal_(0 if gap else len(bandwidths))
+                h.fill_diagonal_(0)  # z_i - z_i is 0, but not a difference of rounded multiples of it
+            weight = (w_xx if b.start < n else w_xy if a.start < n else w_yy) * (1 if a is b else 2)
+            if whole:
+                weight = _weights(n, m, w_xx, w_xy, w_yy, paired, z.dtype, z.device)
+            value = value + k.mul_(weight).sum()
+            h.mul_(weight)
+            for i, j, h_ij in [(a, b, h), (b, a, h.T)][: 1 if a is b else 2]:
+                if (need_x and i.start < n) or (need_y and i.stop > n):
+                    h1[i].add_(h_ij.sum(1), alpha=4 if a is b else 2)
+                    depth = 24 if whole else 128  # sums in parts: large terms of close pairs cancel better
+                    for part in zip(h_ij.split(depth, 1), z[j].split(depth)):
+                        hz[i].addmm_(*part, alpha=-4 if a is b else -2)
+        ctx.save_for_backward(x, y, hz.addcmul_(h1[:, None], z))
+        return value
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        return _scaled_gradient(ctx, upstream, *ctx.saved_tensors)
+
+
+@once_differentiable  # looks at its arguments only: without x and y, a second derivative could be a silent 0
+def _scaled_gradient(ctx, upstream: Tensor, x: Tensor, y: Tensor, gradient: Tensor):
+    parts = (upstream * gradient).split([len(x), len(y)])
+    return *(part if need else None for part, need in zip(parts, ctx.needs_input_grad)), None, None, None
+
+
+def _kernel_and_derivative(d2: Tensor, kernel: str, bandwidths: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Return K(d2) and K'(d2), of the shape of d2."""
+    rates = sorted((-0.5 / s ** (2 if kernel == "rbf" else 1) for s in bandwidths), reverse=True)
+    if d2.numel() <= SMALL**2:  # few launches: every operation is on all bandwidths at once
+        rate = _constants(tuple(rates), d2.dtype, d2.device)
+        k, dk = _term(d2, kernel, rate)
+        return k.sum(0), dk.mul_(rate if kernel == "rbf" else -0.5).sum(0)
+    (k, dk), k_s, base, done = d2.new_zeros(2, *d2.shape), None, math.nan, 0
+    for rate in rates:
+        power = math.log2(rate / base)
+        if kernel == "rbf" and power < 4.5 and math.isclose(power, round(power), abs_tol=1e-9):
+            # exp(2 r d2) is the square of exp(r d2). Each squaring doubles the relative error: four at most.
+            torch.threshold_(k_s, 1e-38**0.5 ** (round(power) - done), 0)
+            while done < round(power):
+                k_s.square_()
+                done += 1
+        else:
+            (k_s, dk_s), base, done = _term(d2, kernel, rate), rate, 0
+        k += k_s
+        dk.add_(dk_s, alpha=rate if kernel == "rbf" else -0.5)
+    return k, dk
+
+
+def _term(d2: Tensor, kernel: str, rate: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Return k = exp(rate d2), or (1 - rate d2)^(1 / (2 rate)), and dk/dd2 over rate, or over -1/2."""
+    if kernel == "rbf":  # 0 where float32 has no normal number: a CPU is a hundred times slower there
+        k = torch.threshold_((d2 * rate).clamp_(-87, 0).exp_(), 2e-38, 0)
+        return k, k
+    q = (d2 * -rate).clamp_min_(0)
+    k = torch.log1p(q).mul_(0.5 / rate).exp_()
+    return k, k / q.add_(1)
+
+
+@functools.cache
+def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return values (len, 1, 1), copied to the device once: a copy waits for all that is under way there."""
+    return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
+
+
+@functools.cache
+def _weights(n: int, m: int, xx: float, xy: float, yy: float, paired: bool, dtype, device) -> Tensor:
+    """Return the weights (n + m, n + m) of all pairs; paired: none for x_i with y_i."""
+    weights = torch.full((n + m, n + m), xy, dtype=dtype, device=device)
+    weights[:n, :n], weights[n:, n:] = xx, yy
+    if paired:
+        weights.diagonal(n).zero_()
+        weights.diagonal(-n).zero_()
+    return weights
