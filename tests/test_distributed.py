@@ -24,7 +24,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
-from common import datasets, run
+from common import datasets, kernels, run
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["gmmn", "gamn", "mmd_gan", "mmd_gan_repulsive", "smmd_gan", "gram_net"]
@@ -281,7 +281,24 @@ def all_stop_when_one_is_asked_to(rank, world, folder):
     assert not run.stop_asked(20)
 
 
+def gather_is_differentiated_twice(rank, world, folder):
+    """Each process has a copy of the loss, and backward sums over them: N times the gradient, each time."""
+    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+
+    def penalty(x, rows):
+        joined = kernels.gather(x) if rows < 6 else x
+        (grad,) = torch.autograd.grad((joined.T @ joined).square().sum(), x, create_graph=True)
+        joined = kernels.gather(grad) if rows < 6 else grad
+        return torch.autograd.grad(joined.square().sum(), x)[0]
+
+    rows = 6 // world
+    mine = x.detach()[rank * rows :][:rows].requires_grad_()
+    # The first gradient enters squared, and the second is of the sum of the copies.
+    torch.testing.assert_close(penalty(mine, rows), world**3 * penalty(x, 6)[rank * rows :][:rows])
+
+
 def two(rank, world, folder):
+    gather_is_differentiated_twice(rank, world, folder)
     resumes_bit_for_bit(rank, world, folder)
     replicas_are_compared(rank, world, folder)
     batch_norm_is_synchronised_on_gpus_but_not_in_sampling(rank, world, folder)
