@@ -335,6 +335,7 @@ def train(args: Args) -> dict[str, float]:
 
     def save() -> None:
         run.check_finite(LOSSES, first_bad)
+        writer.flush()  # the curves up to a checkpoint are not lost with what comes after it
         run.save_checkpoint(folder, args, SCRIPT, step, models, rank)
 
     def sample(n: int, i: int) -> Tensor:

@@ -197,7 +197,7 @@ def measure_data(rounds: int, tiny: bool) -> None:
     theirs.data, theirs.targets, theirs.transform, theirs.target_transform = pixels, [0] * n, to_float, None
     loader = torch.utils.data.DataLoader(theirs, 64, shuffle=True, drop_last=True)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    ours = datasets.Images("noise", (3, 32, 32), 64, 1, 0, 1, images, (-1.0, 1.0))
+    ours = datasets.Images("noise", (3, 32, 32), 64, 1, 0, 1, images.device, images, (-1.0, 1.0))
     sides = {
         "theirs": lambda: sum(1 for _ in loader),
         "ours": lambda: [ours.batch(i) for i in range(n // 64)],

@@ -312,7 +312,7 @@ def test_gram_architecture_runs(tmp_path, weak):
         eval_every=3,
         width=None,
     )
-    assert set(metrics) == {"pixel_frechet", "pixel_kid", "pixel_mmd"}
+    assert set(metrics) == {"pixel_frechet", "pixel_kid", "pixel_kid_se", "pixel_mmd"}
     assert state(tmp_path)["args"]["width"] == 32
 
 
