@@ -507,6 +507,9 @@ def test_fused_mmd2_of_far_points_and_of_what_is_not_finite(name, tiles, monkeyp
     (gradient,) = torch.autograd.grad(far, x)
     assert far.item() == pytest.approx(2 * len(FUSED[name]) / 8, rel=0.1)  # the diagonals alone
     assert (gradient == 0).all() if name == "rbf" else gradient.isfinite().all()
+    again = fused_mmd2(x, x.detach().clone(), name, FUSED[name], "biased")  # rounded d2 below 0 among pairs
+    assert -1e-3 <= again.item() <= 2 * len(FUSED[name]) / 8 + 1e-3
+    assert torch.autograd.grad(again, x)[0].isfinite().all()
     x.data[3, 2] = math.nan
     assert fused_mmd2(x, y, name, FUSED[name], "biased").isnan()
 
