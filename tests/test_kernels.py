@@ -684,6 +684,7 @@ def one_of_two_processes(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_loss_and_gradient_of_one(tmp_path):
     mp.spawn(one_of_two_processes, (str(tmp_path),), nprocs=2)
     loss, *modules = small_critic_loss(randn(8, 3, seed=1), randn(8, 3, seed=2))

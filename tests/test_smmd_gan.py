@@ -178,6 +178,7 @@ def test_optimised_dirac(theta, u, smmd):
     assert u is None or psi**2 == pytest.approx(u, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_optimised_dirac_of_the_other_forms():
     for theta, smmd in ((0.1, 0.09520), (0.5, 0.39695), (1.0, 0.65127), (2.0, 0.94226), (4.0, 1.18279)):
         assert best(theta, arguments(lambda_scale=1.0))[1] == pytest.approx(smmd, abs=6e-6)
