@@ -262,30 +262,37 @@ class _FusedMMD2(torch.autograd.Function):
         sq = (z * z).sum(1)
         gap, paired = estimator != "biased", estimator == "u-statistic"
         w_xx, w_xy, w_yy = blocks = 1 / (n * (n - gap)), -1 / (n * (m - paired)), 1 / (m * (m - gap))
-        value, hz, h1 = 0, torch.zeros_like(z), torch.zeros_like(sq)
-        whole, size = n + m <= SMALL, TILE if z.is_cpu else 4 * TILE  # what a cache holds; what fills a GPU
-        rows = [slice(i, min(i + size, end)) for i, end in ((0, n), (n, n + m)) for i in range(i, end, size)]
-        for a, b in combinations_with_replacement([slice(0, n + m)] if whole else rows, 2):
+        value = (
+            0 if gap else len(bandwidths) * (1 / n + 1 / m)
+        )  # of points with themselves; then of the others
+        hz, h1, whole = torch.zeros_like(z), torch.zeros_like(sq), n + m <= SMALL
+        size = n + m if whole else TILE if z.is_cpu else 4 * TILE  # what a cache holds; what fills a GPU
+        ends = [(0, n + m)] if whole else [(0, n), (n, n + m)]
+        rows = [slice(i, min(i + size, end)) for i, end in ends for i in range(i, end, size)]
+        for a, b in combinations_with_replacement(rows, 2):
             d2 = (sq[a, None] + sq[b]).addmm_(z[a], z[b].T, alpha=-2)  # in place: autocast leaves it alone
-            diagonal = a is b or (paired and b.start == a.start + n)  # is of pairs z_i, z_i, or x_i, y_i
-            if diagonal:
-                d2.fill_diagonal_(0)
-            k, h = _kernel_and_derivative(d2, kernel, bandwidths, whole)
-            if diagonal:
-                h.fill_diagonal_(0)  # z_i - z_i is 0, but not a difference of rounded multiples of it
             if whole:
-                weight, weights = 1, _weights(n, m, blocks, gap, paired, z.dtype, z.device)
-                k, h = k.mul_(weights).sum(), h.mul_(weights)
+                k, h = _kernel_and_derivative(d2, kernel, bandwidths, few=True)
+                weight, weights = 1, _weights(n, m, blocks, paired, z.dtype, z.device)
+                value = value + k.mul_(weights).sum()
+                h.mul_(weights)
             else:
+                alone = a is b or (
+                    paired and b.start == a.start + n
+                )  # on the diagonal: z_i, z_i, or x_i, y_i
+                if alone:
+                    d2.fill_diagonal_(0)
+                k, h = _kernel_and_derivative(d2, kernel, bandwidths, few=False)
+                if alone:
+                    h.fill_diagonal_(0)  # z_i - z_i is 0, but not a difference of rounded multiples of it
                 weight = (w_xx if b.start < n else w_xy if a.start < n else w_yy) * (1 if a is b else 2)
-                k = k - len(bandwidths) * len(d2) * (gap and diagonal)  # K(0) of each
-            value = value + k * weight
+                value = value + (k - alone * len(d2) * len(bandwidths)) * weight
             for i, j, h_ij in [(a, b, h), (b, a, h.T)][: 1 if a is b else 2]:
                 if (need_x and i.start < n) or (need_y and i.stop > n):
-                    factor, depth = weight * (4 if a is b else 2), 24 if whole else 128
+                    factor, depth, hz_i = weight * (4 if a is b else 2), 24 if whole else 128, hz[i]
                     h1[i].add_(h_ij.sum(1), alpha=factor)
                     for part in zip(h_ij.split(depth, 1), z[j].split(depth)):  # short sums: close pairs have
-                        hz[i].addmm_(*part, alpha=-factor)  # large terms that must cancel
+                        hz_i.addmm_(*part, alpha=-factor)  # large terms that must cancel
         ctx.save_for_backward(x, y, hz.addcmul_(h1[:, None], z))
         return value
 
@@ -341,10 +348,10 @@ def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.devi
 
 
 @functools.cache
-def _weights(n: int, m: int, blocks: tuple, gap: bool, paired: bool, dtype, device) -> Tensor:
-    """Return weights (n + m, n + m) of pairs by block; gap: 0 for z_i, z_i; paired: 0 for x_i, y_i."""
+def _weights(n: int, m: int, blocks: tuple, paired: bool, dtype, device) -> Tensor:
+    """Return weights (n + m, n + m) of pairs by block; 0 for z_i, z_i, and if paired for x_i, y_i."""
     weights = torch.full((n + m, n + m), blocks[1], dtype=dtype, device=device)
     weights[:n, :n], weights[n:, n:] = blocks[0], blocks[2]
-    for offset in [0] * gap + [n, -n] * paired:
+    for offset in [0] + [n, -n] * paired:
         weights.diagonal(offset).zero_()
     return weights

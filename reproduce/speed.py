@@ -235,13 +235,13 @@ def measure_bf16(rounds: int, tiny: bool, folder: str) -> None:
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         print("| step, fp32 / bf16 | this CPU has no bf16 | | >= 1.4 | |")
         return
-    batch, rng = 2 if tiny else 16, np.random.default_rng(0)
+    batch, rng = 2 if tiny else 32, np.random.default_rng(0)
     for i in range(batch):
         Path(folder, "images").mkdir(exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(f"{folder}/images/{i}.png")
     settings = {"dataset": f"folder:{folder}/images", "image_size": 32, "batch_size": batch}
     settings |= {"width": 8} if tiny else {}
-    n, seconds = 1 if tiny else 3, {"fp32": [], "bf16": []}
+    n, seconds = 1 if tiny else 2, {"fp32": [], "bf16": []}
     for i in range(rounds):
         for precision in list(seconds) if i % 2 else reversed(seconds):
             times = step_seconds("mmd_gan_repulsive", n, folder, precision=precision, **settings)
