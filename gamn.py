@@ -84,7 +84,7 @@ class Args:
     eval_every: int | None = None  # steps between evaluations, the last step included; 0 is never
     save_every: int = 1000  # steps between checkpoints; 0 is never; the last step always saves
     eval_samples: int = 50_000  # images per evaluation, at most those of the reference; toys take 2000
-    eval_features: Literal["pixels", "inception"] | None = None  # inception gives FID and KID
+    eval_features: Literal["pixels", "inception"] | None = None  # inception: FID, IS, KID, precision, recall
     eval_split: Literal["train", "test", "all"] | None = None  # the reference images
     inception_weights: str | None = None  # file of torch-fidelity's weights (None: torch.hub's copy)
     sample_bn: Literal["running", "batch"] | None = None  # batch norm's statistics when sampling

@@ -80,7 +80,7 @@ class Args:
     eval_every: int | None = None  # steps between evaluations, the last step included; 0 is never
     save_every: int = 1000  # steps between checkpoints; 0 is never; the last step always saves
     eval_samples: int = 50_000  # images per evaluation, at most those of the reference; toys take 2000
-    eval_features: Literal["pixels", "inception"] | None = None  # inception gives FID and KID
+    eval_features: Literal["pixels", "inception"] | None = None  # inception: FID, IS, KID, precision, recall
     eval_split: Literal["train", "test", "all"] | None = None  # the reference images
     inception_weights: str | None = None  # file of torch-fidelity's weights (None: torch.hub's copy)
     sample_bn: Literal["running", "batch"] | None = None  # batch norm's statistics when sampling
@@ -274,7 +274,7 @@ def generator_loss(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor) -> Tensor:
 
 
 def losses(real_feat: Tensor, fake_feat: Tensor, args: Args) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return critic loss, generator loss and the means of the Gram blocks, for features (n, d)."""
+    """Return critic loss, generator loss and what is logged beside them, for features (n, d)."""
     if args.loss == "hinge":
         return F.relu(1 - real_feat).mean() + F.relu(1 + fake_feat).mean(), -fake_feat.mean(), {}
     if args.loss == "non-saturating":
@@ -284,8 +284,8 @@ def losses(real_feat: Tensor, fake_feat: Tensor, args: Args) -> tuple[Tensor, Te
     gram = [kernel(block, args.bandwidths) for block in d2]  # k_xx, k_xy, k_yy
     bounds = bounded(*d2, args.lam) if args.kernel == "rbf-b" else d2  # the generator keeps a true MMD
     critic_gram = [kernel(block, args.bandwidths) for block in bounds]
-    means = {name: kernels.off_diagonal_mean(k) for name, k in zip(("k_xx", "k_xy", "k_yy"), gram)}
-    return critic_loss(*critic_gram, args.lam), generator_loss(*gram), means
+    logged = {f"kernel/k_{pair}": kernels.off_diagonal_mean(k) for pair, k in zip(("xx", "xy", "yy"), gram)}
+    return critic_loss(*critic_gram, args.lam), generator_loss(*gram), logged
 
 
 # --- sampling --------------------------------------------------------------------------------------
@@ -395,7 +395,7 @@ def train(args: Args) -> dict[str, float]:
             fake = generator(noise)
             feat = critic(torch.cat([real, fake]))  # (2B, d); one forward, so one step of power iteration
         real_feat, fake_feat = (kernels.gather(part.float()) for part in feat.chunk(2))
-        c_loss, g_loss, kernel_means = losses(real_feat, fake_feat, args)
+        c_loss, g_loss, logged = losses(real_feat, fake_feat, args)
         if args.lambda_gp > 0:
             c_loss = penalised(c_loss, feat.float()[: len(real)], real, args.lambda_gp)
         c_optimizer.zero_grad()
@@ -415,8 +415,7 @@ def train(args: Args) -> dict[str, float]:
         if due(args.log_every):
             run.check_finite(LOSSES, first_bad)
             scalars = {"losses/critic": c_loss, "losses/generator": g_loss}
-            scalars |= {f"kernel/{name}": mean for name, mean in kernel_means.items()}
-            scalars |= {"charts/steps_per_second": (step - begin_step) / (time.time() - begin)}
+            scalars |= logged | {"charts/steps_per_second": (step - begin_step) / (time.time() - begin)}
             for tag, value in scalars.items():
                 writer.add_scalar(tag, value, step)
         if due(args.sample_every):

@@ -43,7 +43,9 @@ Deviations from the papers [P], [B] and from the authors' code [C]:
      Its test asks for a KID that is lower by 0.004 or more, whatever the noise: late in training it is a
      timetable.
  10. Several processes share one statistic of the whole batch; in [C] each has its own, then averaged.
- 11. Networks of one or two levels for images below 32 pixels, and MLPs for toys: ours.
+ 11. Networks of one or two levels for images below 32 pixels, and MLPs for toys, whose coordinates are no
+     pixels in [0, 1]: lambda 0.1 and no norm there. Image sets but those of the table have the learning rate
+     of [C]'s ImageNet runs. Ours.
  12. Trained on the test images too where a set has them: [C] of both papers. CelebA's random crop and
      mirroring are drawn once for each image, in [C] at each use; LSUN's crop is central, in [B] random.
  13. gradient-penalty keeps the networks, the latent dimension and the schedule of [P], so that only the
@@ -101,7 +103,7 @@ class Args:
     eval_every: int | None = None  # steps between evaluations, the last step included; 0 is never
     save_every: int = 1000  # steps between checkpoints; 0 is never; the last step always saves
     eval_samples: int = 50_000  # images per evaluation, at most those of the reference; toys take 2000
-    eval_features: Literal["pixels", "inception"] | None = None  # inception gives FID and KID
+    eval_features: Literal["pixels", "inception"] | None = None  # inception: FID, IS, KID, precision, recall
     eval_split: Literal["train", "test", "all"] | None = None  # the reference images
     inception_weights: str | None = None  # file of torch-fidelity's weights (None: torch.hub's copy)
     sample_bn: Literal["running", "batch"] | None = None  # batch norm's statistics when sampling

@@ -262,9 +262,8 @@ class _FusedMMD2(torch.autograd.Function):
         sq = (z * z).sum(1)
         gap, paired = estimator != "biased", estimator == "u-statistic"
         w_xx, w_xy, w_yy = blocks = 1 / (n * (n - gap)), -1 / (n * (m - paired)), 1 / (m * (m - gap))
-        value = (
-            0 if gap else len(bandwidths) * (1 / n + 1 / m)
-        )  # of points with themselves; then of the others
+        # First that of points with themselves, which are at distance 0; then of all the others.
+        value = 0 if gap else len(bandwidths) * (1 / n + 1 / m)
         hz, h1, whole = torch.zeros_like(z), torch.zeros_like(sq), n + m <= SMALL
         size = n + m if whole else TILE if z.is_cpu else 4 * TILE  # what a cache holds; what fills a GPU
         ends = [(0, n + m)] if whole else [(0, n), (n, n + m)]
@@ -277,9 +276,8 @@ class _FusedMMD2(torch.autograd.Function):
                 value = value + k.mul_(weights).sum()
                 h.mul_(weights)
             else:
-                alone = a is b or (
-                    paired and b.start == a.start + n
-                )  # on the diagonal: z_i, z_i, or x_i, y_i
+                # The diagonal is of z_i and itself, or of x_i and y_i, which this estimator leaves out.
+                alone = a is b or (paired and b.start == a.start + n)
                 if alone:
                     d2.fill_diagonal_(0)
                 k, h = _kernel_and_derivative(d2, kernel, bandwidths, few=False)

@@ -93,7 +93,9 @@ def test_identities_between_the_losses():
     attractive, g_loss, means = run_losses(x, y, lam=-1)
     repulsive, _, _ = run_losses(x, y, lam=1)
     assert attractive.item() == pytest.approx(-g_loss.item(), abs=1e-14)
-    assert repulsive.item() == pytest.approx((g_loss + 2 * (means["k_xy"] - means["k_yy"])).item(), abs=1e-14)
+    assert repulsive.item() == pytest.approx(
+        (g_loss + 2 * (means["kernel/k_xy"] - means["kernel/k_yy"])).item(), abs=1e-14
+    )
     for lam in (-1, 0.5, 2):
         assert run_losses(x, x, lam=lam)[0].item() == pytest.approx(0, abs=1e-14)
 
