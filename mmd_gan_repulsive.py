@@ -83,6 +83,7 @@ class Args:
     eval_features: Literal["pixels", "inception"] | None = None  # inception: FID, IS, KID, precision, recall
     eval_split: Literal["train", "test", "all"] | None = None  # the reference images
     inception_weights: str | None = None  # file of torch-fidelity's weights (None: torch.hub's copy)
+    ms_ssim: bool = False  # evaluate MS-SSIM of pairs of samples too (pip install torchmetrics)
     sample_bn: Literal["running", "batch"] | None = None  # batch norm's statistics when sampling
     runs_dir: str = "runs"  # folder of run folders
     resume: str | None = None  # run folder to go on from, with its arguments
@@ -320,8 +321,10 @@ def train(args: Args) -> dict[str, float]:
     # Set-up: nothing is written before all that can be wrong with the input has been found.
     args = resolve(args)
     device, rank, world_size = run.start(args.device)
+    evaluator = evaluation.Evaluator(args) if args.eval_every or args.eval_only else None
     data = datasets.load(args, "train", VALUE_RANGE, device, rank, world_size)
-    evaluator = evaluation.Evaluator(args, data) if args.eval_every or args.eval_only else None
+    if evaluator:
+        evaluator.set_reference(data)
 
     # Models; the seed makes every process start from the same weights.
     torch.manual_seed(args.seed)
@@ -364,9 +367,7 @@ def train(args: Args) -> dict[str, float]:
 
     def evaluate() -> None:
         metrics.update(evaluator.metrics(sample))
-        for name, value in metrics.items():
-            writer.add_scalar(f"eval/{name}", value, step)
-        run.save_results(folder, args, step, metrics, evaluator.protocol, rank)
+        run.save_results(folder, writer, args, step, metrics, evaluator.protocol, rank)
 
     def picture() -> None:
         if rank == 0:

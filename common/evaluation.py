@@ -42,21 +42,35 @@ TEST_SAMPLES = 2048  # in a three-sample test
 
 
 class Evaluator:
-    """Compares samples with a reference; what it needs is found, or refused, when it is made.
+    """Compares samples with a reference; the network that it needs is found, or refused, when it is made.
 
     Several processes share the work: all must call metrics and kernel_sums, and all get the same answer.
 
     count: how many samples are evaluated. protocol: what the numbers are, to be stored beside them.
     """
 
-    def __init__(self, args, data: datasets.Batches) -> None:
-        """Read data_dir, device, eval_samples, eval_features, eval_split and inception_weights of args.
+    def __init__(self, args) -> None:
+        """Read dataset, device, data_dir, ms_ssim, inception_weights and all that begins with eval of args.
 
         Raises:
-            BadInput: no such split, too few images, Inception weights that cannot be had.
+            BadInput: Inception weights that cannot be had; MS-SSIM of a toy, or without its library.
         """
-        self.data, self.extractor, self.weights = data, pixels, None
+        self.args, self.extractor, self.weights = args, pixels, None
         self.device, self.rank, self.world_size = run.start(args.device)  # that of the run, if it has begun
+        toy = args.dataset in datasets.TOYS
+        require(not (args.ms_ssim and toy), "--ms-ssim", "on", "off for a data set of points")
+        ok = not args.ms_ssim or importlib.util.find_spec("torchmetrics")
+        require(ok, "--ms-ssim", "on", "off, or do: pip install torchmetrics")
+        if args.eval_features == "inception" and not toy:
+            self.extractor, self.weights = load_inception(args.inception_weights, self.device)
+
+    def set_reference(self, data: datasets.Batches) -> None:
+        """Take the images of data, or of another split if args say so, for the real ones.
+
+        Raises:
+            BadInput: no such split, too few images, images too large to be compared by their pixels.
+        """
+        args, self.data = self.args, data
         if data.name in datasets.TOYS:
             self.count = TOY_SAMPLES
             self.protocol = {"samples": self.count, "mmd": "rbf, unbiased, data space"}
@@ -73,7 +87,6 @@ class Evaluator:
             require(math.prod(data.shape) <= 3 * 64 * 64, "--eval-features", "pixels", expected)
             self.protocol |= {"features": "pixels in [0, 1]", "mmd": "rbf, unbiased"}
         else:
-            self.extractor, self.weights = load_inception(args.inception_weights, self.device)
             features = f"torch-fidelity inception-v3-compat, 2048, float32, weights {self.weights}"
             self.protocol |= {"features": features, "is": "10 splits", "precision, recall": "k = 3"}
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(images.device)
@@ -86,26 +99,30 @@ class Evaluator:
             path = Path(args.data_dir, "evaluation", name)
         self.reference = read_reference(path) if path else None  # used by the first process alone
         if not from_first(lambda: self.reference is not None):
-            features = self.features(lambda i: images[chunks[i]])[0]
+            features = self.features(lambda i: images[chunks[i]], self.extractor)[0]
             if self.rank == 0:
                 self.reference = {"features": features} | statistics(features)
             if path:
                 write_reference(path, self.reference)
+        if args.ms_ssim:
+            self.protocol |= {"ms_ssim": "pairs of samples, 256 x 256, 5 scales"}
 
     @torch.no_grad()
-    def features(self, chunk: Callable[[int], Tensor]) -> list[Tensor]:
-        """Return features, and with Inception logits, (count, d) float32 on the CPU.
+    def features(self, chunk: Callable[[int], Tensor], *extractors: Callable) -> list[Tensor]:
+        """Return what extractors make of images, each (count, d) float32 on the CPU.
 
         Args:
             chunk: of i, images i * CHUNK to (i + 1) * CHUNK, uint8. Process r of N is asked for every N-th
                 from the r-th on; all processes get the features of all.
+            extractors: each returns a tuple of tensors (n, d) for at most 64 images.
         """
         found, last = [], (self.count - 1) // CHUNK
         quiet = None if self.rank == 0 else True
         for start in tqdm(range(0, last + 1, self.world_size), "evaluating", leave=False, disable=quiet):
             i = min(start + self.rank, last)  # who has none left repeats the last, and it is cut off below
             images = chunk(i)[: self.count - i * CHUNK].to(self.device)
-            outputs = [torch.cat(parts) for parts in zip(*map(self.extractor, images.split(64)))]
+            outputs = ([part for e in extractors for part in e(batch)] for batch in images.split(64))
+            outputs = [torch.cat(parts) for parts in zip(*outputs)]
             padded = (F.pad(output, (0, 0, 0, CHUNK - len(output))) for output in outputs)
             found.append([kernels.gather(output).cpu() for output in padded])
         return [torch.cat(parts)[: self.count] for parts in zip(*found)]
@@ -130,9 +147,12 @@ class Evaluator:
         """Return the metrics of samples: sample(n, i) is chunk i, (n, ...), in the data's value range."""
         if self.data.name in datasets.TOYS:
             return toy_metrics(self.data.name, torch.cat([*self.samples(sample)]).cpu())
-        outputs = self.features(lambda i: datasets.to_uint8(sample(CHUNK, i), self.data.value_range))
+        extractors = (self.extractor, ms_ssim) if self.args.ms_ssim else (self.extractor,)
+        value_range = self.data.value_range
+        outputs = self.features(lambda i: datasets.to_uint8(sample(CHUNK, i), value_range), *extractors)
+        more = {"ms_ssim": outputs.pop().nanmean().item()} if self.args.ms_ssim else {}
         self.fake = outputs[0][:TEST_SAMPLES]
-        return from_first(lambda: self.compare(*outputs))
+        return from_first(lambda: self.compare(*outputs)) | more
 
     def compare(self, fake: Tensor, logits: Tensor | None = None) -> dict[str, float]:
         """Return the metrics of features (n, d) and, of Inception, logits (n, classes)."""
@@ -225,19 +245,19 @@ def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100, size: int = 1000) 
     return np.mean(values).item(), np.std(values, ddof=1).item() * (size / (n - size) + 1 / subsets) ** 0.5
 
 
-def ms_ssim(images: Tensor) -> float:
-    """Return the mean MS-SSIM of pairs of images (n, c, h, w) uint8: high where samples are alike.
+def ms_ssim(images: Tensor) -> tuple[Tensor]:
+    """Return the MS-SSIM (n, 1) of each image (n, c, h, w) uint8 and another: high where samples are alike.
 
-    As Wang et al. 2019: resized to 256 (five scales need 176), the first half paired with the second.
+    As Wang et al. 2019: resized to 256 (five scales need 176). The other is half of n further on, and each
+    image is in two pairs (n even: one, counted twice); a single image has none: NaN.
     """
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
-    total, pairs = 0.0, len(images) // 2
-    for start in tqdm(range(0, pairs, 32), "MS-SSIM", leave=False, disable=None):
-        a, b = (images[i : min(i + 32, i + pairs - start)].float() for i in (start, start + pairs))
-        a, b = (F.interpolate(part, (256, 256), mode="bilinear") for part in (a, b))
-        total += multiscale_structural_similarity_index_measure(a, b, data_range=255.0).item() * len(a)
-    return total / pairs
+    if len(images) < 2:
+        return (torch.full((len(images), 1), math.nan, device=images.device),)
+    a = F.interpolate(images.float(), (256, 256), mode="bilinear")
+    options = dict(data_range=255.0, reduction="none")
+    return (multiscale_structural_similarity_index_measure(a, a.roll(len(a) // 2, 0), **options)[:, None],)
 
 
 def load_inception(path: str | None, device: torch.device) -> tuple[Callable, str]:
@@ -463,8 +483,7 @@ def main(args: Args) -> dict[str, float]:
     file = args.json and Path(args.json)
     ok = not file or (os.access(file.parent, os.W_OK) and not file.is_dir())
     require(ok, "--json", args.json, "a file in a folder that can be written to")
-    ok = not args.ms_ssim or importlib.util.find_spec("torchmetrics")
-    require(ok, "--ms-ssim", "on", "off, or do: pip install torchmetrics")
+    evaluator = Evaluator(SimpleNamespace(**vars(args), eval_split="REAL", dataset="REAL"))
     real, fake = (read_images(*source, args) for source in (("REAL", args.real), ("FAKE", args.fake)))
     channels = max(real.shape[1], fake.shape[1])
     real, fake = (images.expand(-1, channels, -1, -1) for images in (real, fake))
@@ -474,16 +493,16 @@ def main(args: Args) -> dict[str, float]:
     count = min(args.eval_samples, len(fake))
     require(count >= 10, "--eval-samples", count, "at least 10, of FAKE too")
     data = SimpleNamespace(name="REAL", images=real, shape=real.shape[1:], value_range=(0, 255), split="REAL")
-    evaluator = Evaluator(SimpleNamespace(**vars(args), eval_split=data.split), data)
+    evaluator.set_reference(data)
     evaluator.count = count  # of FAKE may differ from that of REAL
     order = torch.randperm(len(fake), generator=torch.Generator().manual_seed(1))[:count]
     metrics = evaluator.metrics(lambda n, i: fake[order[i * n : (i + 1) * n]])
     protocol = evaluator.protocol | {"samples": count, "real": args.real, "fake": args.fake}
     if evaluator.rank == 0:
-        if args.ms_ssim:
-            metrics["ms_ssim"] = ms_ssim(fake[order])
-        for name, value in (metrics | protocol).items():
-            print(f"{name:20} {value:.6g}" if name in metrics else f"{name:20} {value}")
+        for name, value in metrics.items():
+            print(f"{name:20} {value:.6g}")
+        for name, value in protocol.items():
+            print(f"{name:20} {value}")
         if file:
             file.write_text(json.dumps({"metrics": metrics, "protocol": protocol}, indent=2) + "\n")
     return metrics

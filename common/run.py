@@ -24,7 +24,7 @@ from tqdm import tqdm
 # What a resumed run may change; anything else would make it another run.
 MAY_CHANGE = {"total_steps", "log_every", "sample_every", "eval_every", "save_every", "device", "compile"}
 MAY_CHANGE |= {"runs_dir", "data_dir", "inception_weights", "track", "resume", "eval_only"}
-MAY_CHANGE |= {"eval_samples", "eval_features", "eval_split"}
+MAY_CHANGE |= {"eval_samples", "eval_features", "eval_split", "ms_ssim"}
 BATCH_NORM = nn.modules.batchnorm._BatchNorm  # all kinds
 SIGNALS: list[int] = []  # that asked this process to stop
 
@@ -288,16 +288,23 @@ def make_writer(folder: Path, args, step: int, rank: int):
 
         wandb.init(project="mmd", name=folder.name, id=folder.name, resume="allow", sync_tensorboard=True)
     writer = SummaryWriter(folder, purge_step=step + 1)
-    rows = [f"|{key}|{value}|" for key, value in dataclasses.asdict(args).items()]
-    writer.add_text("arguments", "\n".join(["|argument|value|", "|-|-|", *rows]), step)
+    writer.add_text("arguments", table(dataclasses.asdict(args)), step)
     return writer
 
 
-def save_results(folder: Path, args, step: int, metrics: dict, protocol: dict, rank: int) -> None:
-    """Print the metrics and write them with their protocol to folder/results.json."""
+def table(content: dict) -> str:
+    """Return content as TensorBoard's Markdown."""
+    return "\n".join(["|name|value|", "|-|-|", *(f"|{name}|{value}|" for name, value in content.items())])
+
+
+def save_results(folder: Path, writer, args, step: int, metrics: dict, protocol: dict, rank: int) -> None:
+    """Print the metrics, and write them with their protocol to folder/results.json and to TensorBoard."""
     if rank > 0:
         return
     protocol = protocol | {"batch_norm": args.sample_bn, "ema_decay": args.ema_decay}
+    for name, value in metrics.items():
+        writer.add_scalar(f"eval/{name}", value, step)
+    writer.add_text("eval/protocol", table(protocol), step)
     results = {"step": step, "metrics": metrics, "protocol": protocol}
     write_json(folder / "results.json", results)
     tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))

@@ -15,8 +15,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import gamn
+import gmmn
+import gram_net
+import mmd_gan
 import mmd_gan_repulsive
+import smmd_gan
 from common import datasets, evaluation, run
 from common.evaluation import Evaluator, KidSchedule, common_mmd2, kernel_distance, toy_metrics
 from common.run import BadInput
@@ -337,22 +343,28 @@ def test_an_evaluator_gives_the_sums_of_what_it_had_last(monkeypatch):
 # --- MS-SSIM -------------------------------------------------------------------------------------
 
 
-def test_ms_ssim_of_equal_images_is_1():
-    half = torch.randint(256, (1, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    assert evaluation.ms_ssim(torch.cat([half, half])) == pytest.approx(1, abs=1e-6)
-    assert evaluation.ms_ssim(torch.cat([half, 255 - half])) < 0.5
-
-
-@pytest.mark.slow
-def test_ms_ssim_is_the_mean_over_pairs_in_two_chunks():
-    """34 pairs, of which 33 are equal and the last is of two constants: (2ab + c) / (a^2 + b^2 + c)."""
-    half = torch.randint(256, (34, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+def test_ms_ssim_of_a_pair_stands_at_both_images():
+    half = torch.randint(256, (2, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     other = half.clone()
-    half[33], other[33] = 50, 100
+    half[1], other[1] = 50, 100  # two constants: (2ab + c) / (a^2 + b^2 + c)
     c = (0.01 * 255) ** 2
     luminance = (2 * 50 * 100 + c) / (50**2 + 100**2 + c)  # in the coarsest scale, with its exponent
-    expected = (33 + luminance**0.1333) / 34
-    assert evaluation.ms_ssim(torch.cat([half, other])) == pytest.approx(expected, abs=1e-4)
+    (found,) = evaluation.ms_ssim(torch.cat([half, other]))
+    expected = torch.tensor([1, luminance**0.1333]).repeat(2)[:, None]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert evaluation.ms_ssim(torch.cat([half[:1], 255 - half[:1]]))[0].max() < 0.5
+    assert evaluation.ms_ssim(half[:1])[0].isnan().all()  # no pair
+
+
+def test_ms_ssim_of_a_run_is_the_mean_over_pairs(monkeypatch):
+    """65 images, so that the last is alone; one value at each image."""
+    values = torch.rand(65, 1, generator=torch.Generator().manual_seed(0))
+    parts = iter([(values[:64],), (torch.full((1, 1), math.nan),)])
+    monkeypatch.setattr(evaluation, "ms_ssim", lambda images: next(parts))
+    evaluator, data = digits(eval_samples=65, ms_ssim=True)
+    metrics = evaluator.metrics(sampler_of(data.images))
+    assert metrics["ms_ssim"] == pytest.approx(values[:64].mean().item(), rel=1e-6)
+    assert "ms_ssim" in evaluator.protocol
 
 
 # --- the common MMD ------------------------------------------------------------------------------
@@ -487,7 +499,7 @@ def test_a_standard_normal_sampler_of_8gaussians_is_of_low_quality():
 def arguments(**kwargs):
     defaults = dict(dataset="digits", data_dir=".", image_size=None, batch_size=4, seed=0)
     defaults |= dict(eval_samples=5000, eval_features="pixels", eval_split="train", inception_weights=None)
-    defaults |= dict(device="cpu")
+    defaults |= dict(device="cpu", ms_ssim=False)
     return SimpleNamespace(**defaults | kwargs)
 
 
@@ -496,7 +508,13 @@ def digits(**kwargs):
     args = arguments(**kwargs)
     data = datasets.load(args, "train", (-1, 1), CPU, 0, 1)
     data.images = data.images[:600]
-    return Evaluator(args, data), data
+    return evaluator_of(args, data), data
+
+
+def evaluator_of(args, data):
+    evaluator = Evaluator(args)
+    evaluator.set_reference(data)
+    return evaluator
 
 
 def in_range(images):
@@ -562,7 +580,7 @@ def test_samples_are_asked_for_in_numbered_chunks():
 
 def test_toys_are_measured_with_2000_samples():
     data = datasets.load(arguments(dataset="25gaussians"), "train", (-1, 1), CPU, 0, 1)
-    evaluator = Evaluator(arguments(dataset="25gaussians"), data)
+    evaluator = evaluator_of(arguments(dataset="25gaussians"), data)
     points = datasets.draw_toy("25gaussians", 2048, 77)
     metrics = evaluator.metrics(lambda n, i: points[i * n : (i + 1) * n])
     assert evaluator.count == evaluator.protocol["samples"] == 2000
@@ -720,7 +738,7 @@ def test_the_reference_is_the_split_that_was_asked_for(tiny, tmp_path, monkeypat
     monkeypatch.setattr(datasets, "load_images", lambda name, data_dir, size, split: images[:60])
     data = SimpleNamespace(name="digits", images=images, shape=(1, 8, 8), value_range=(0, 1), split="all")
     for split, count in (("train", 60), ("all", 80)):
-        evaluator = Evaluator(arguments(eval_split=split), data)
+        evaluator = evaluator_of(arguments(eval_split=split), data)
         assert evaluator.count == len(evaluator.reference["features"]) == count
         assert evaluator.protocol["reference"] == f"{count} of {split}"
 
@@ -733,7 +751,7 @@ def test_pixels_of_large_images_are_refused():
     images = torch.zeros(20, 3, 65, 65, dtype=torch.uint8)
     data = SimpleNamespace(name="digits", images=images, shape=(3, 65, 65), value_range=(0, 1), split="train")
     with pytest.raises(BadInput, match="--eval-features is pixels, but should be inception"):
-        Evaluator(arguments(), data)
+        evaluator_of(arguments(), data)
 
 
 def test_a_run_ends_with_every_metric(tiny, tmp_path):
@@ -741,13 +759,27 @@ def test_a_run_ends_with_every_metric(tiny, tmp_path):
     options = ["--width", "4", "--batch-size", "16", "--total-steps", "2", "--eval-every", "1"]
     options += ["--eval-samples", "30", "--eval-features", "inception", "--data-dir", str(tmp_path)]
     module = mmd_gan_repulsive
-    metrics = module.train(run.parse(module.Args, [*options, "--runs-dir", str(tmp_path / "runs")]))
+    options += ["--ms-ssim", "--runs-dir", str(tmp_path / "runs")]
+    metrics = module.train(run.parse(module.Args, options))
     (folder,) = (tmp_path / "runs").iterdir()
     results = json.loads((folder / "results.json").read_text())
     assert results["metrics"] == metrics
-    assert set(metrics) == set(METRICS)
+    assert set(metrics) == {*METRICS, "ms_ssim"}
     assert all(math.isfinite(value) for value in metrics.values())
     assert results["protocol"]["samples"] == 30
+    curves = EventAccumulator(str(folder), {"tensors": 0}).Reload()
+    assert {f"eval/{name}" for name in metrics} <= set(curves.Tags()["scalars"])
+    protocol = curves.Tensors("eval/protocol/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert all(f"|{name}|{value}|" in protocol for name, value in results["protocol"].items())
+
+
+def test_weights_are_missed_before_images_are_read(tmp_path, monkeypatch):
+    """Converting LSUN takes an hour."""
+    monkeypatch.setattr(datasets, "load", lambda *args: pytest.fail("images were read first"))
+    options = ["--eval-features", "inception", "--inception-weights", str(tmp_path / "none.pth")]
+    for module in (gmmn, gamn, mmd_gan, smmd_gan, mmd_gan_repulsive, gram_net):
+        with pytest.raises(BadInput, match=r"none\.pth is missing or damaged"):
+            module.train(run.parse(module.Args, options))
 
 
 # --- command line --------------------------------------------------------------------------------
@@ -810,7 +842,16 @@ def test_a_data_set_against_an_array_with_ms_ssim(sides, capsys):
     assert compare("digits", sides / "b.npy", *options) is None
     out = capsys.readouterr().out
     assert "20 of REAL" in out
-    assert "ms_ssim" in out
+    assert out.count("ms_ssim") == 2  # the number and what it is
+
+
+def test_a_comparison_by_the_published_inception(tiny, tmp_path, capsys):
+    """kid is both a number and what it is: each has its line."""
+    metrics = evaluation.main(evaluation.Args("digits", "digits", eval_samples=30, data_dir=str(tmp_path)))
+    out = capsys.readouterr().out
+    assert tuple(metrics) == METRICS
+    assert f"\nkid                  {metrics['kid']:.6g}\n" in out
+    assert "\nkid                  unbiased" in out
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
@@ -860,6 +901,11 @@ def test_what_cannot_be_compared_is_one_line(argv, message, tmp_path, monkeypatc
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert not (tmp_path / "was-here").exists()
+
+
+def test_ms_ssim_of_points_is_refused():
+    with pytest.raises(BadInput, match="--ms-ssim is on, but should be off"):
+        Evaluator(arguments(dataset="8gaussians", ms_ssim=True))
 
 
 def test_ms_ssim_without_its_library_is_refused(monkeypatch):
