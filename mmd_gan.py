@@ -316,7 +316,7 @@ def train(args: Args) -> dict[str, float]:
     models = {"generator": generator, "critic": critic}
     models |= {"g_optimizer": g_optimizer, "c_optimizer": c_optimizer}
     models["decoder"] = decoder
-    run.synchronise(models, device)  # batch norm
+    run.prepare(models, device)  # on GPUs: channels last, batch norm over all processes
     if args.ema_decay:
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema_decay)
         models["ema"] = torch.optim.swa_utils.AveragedModel(generator, multi_avg_fn=average)

@@ -289,6 +289,7 @@ def load_inception(path: str | None, device: torch.device) -> tuple[Callable, st
         ) from error
     if weights not in INCEPTION_URL and os.environ.get("RANK", "0") == "0":
         print(f"warning: {file} is not the published Inception: its distances are no FID and no KID")
+    network.to(memory_format=torch.channels_last)  # on a CPU, too, half as fast again
     return lambda images: network(images.expand(-1, 3, -1, -1)), weights
 
 

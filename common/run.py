@@ -162,15 +162,20 @@ def several() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
-def synchronise(models: dict, device: torch.device) -> None:
-    """Let batch norm take its statistics from all processes, where PyTorch can (GPUs); say so where not."""
+def prepare(models: dict, device: torch.device) -> None:
+    """On GPUs, lay convolutions out channels last, and take batch norm's statistics from all processes.
+
+    Neither is done on CPUs: double backwards are slower so, and PyTorch cannot; a line says the latter.
+    """
     modules = [model for model in models.values() if isinstance(model, nn.Module)]
-    modules = [m for m in modules if any(isinstance(part, BATCH_NORM) for part in m.modules())]
-    if several() and device.type == "cuda":
+    if device.type == "cuda":
         for module in modules:
-            nn.SyncBatchNorm.convert_sync_batchnorm(module)  # in place: none is itself a batch norm
-    elif several() and modules and dist.get_rank() == 0:
-        print("batch norm takes each process's own batch: PyTorch synchronises it on GPUs only")
+            module.to(memory_format=torch.channels_last)
+            if several():
+                nn.SyncBatchNorm.convert_sync_batchnorm(module)  # in place: none is itself a batch norm
+    elif several() and dist.get_rank() == 0:
+        if any(isinstance(part, BATCH_NORM) for module in modules for part in module.modules()):
+            print("batch norm takes each process's own batch: PyTorch synchronises it on GPUs only")
 
 
 def for_sampling(module: nn.Module, sample_bn: str) -> nn.Module:

@@ -252,7 +252,7 @@ def batch_norm_is_synchronised_on_gpus_but_not_in_sampling(rank, world, folder):
     plain = script.Generator((1, 16, 16), 3, 4)
     models = {"generator": copy.deepcopy(plain), "g_optimizer": None}
     before, z = [*models["generator"].parameters()], torch.randn(5, 3)
-    run.synchronise(models, torch.device("cuda"))
+    run.prepare(models, torch.device("cuda"))
     generator = models["generator"]
     norms = [m for m in generator.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert len(norms) == 2

@@ -155,7 +155,19 @@ def test_radial_kernels_of_given_distances(name):
     distances = [0.0, 1.0, 2.0, 30.0]
     got = kernels.RADIAL[name](torch.tensor(distances, dtype=torch.float64).square(), KERNELS[name])
     expected = [kernel_of_two_points(name, np.array([0.0]), np.array([d])) for d in distances]
-    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-14, atol=0)
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-14, atol=3e-26)  # exp(-60), up to three times
+
+
+@pytest.mark.parametrize("name", ["rbf", "laplacian"])
+def test_no_number_underflows_however_far_the_points(name):
+    """Each float32 of value and gradient is 0 or normal: others take a CPU a hundred times as long."""
+    d2 = torch.logspace(-3, 8, 2000).requires_grad_()
+    k = kernels.RADIAL[name](d2, KERNELS[name])
+    (gradient,) = torch.autograd.grad(k, d2, torch.full_like(k, 1e-6))  # 1 / n^2
+    normal = torch.finfo(torch.float32).tiny
+    assert k.min() >= normal
+    assert (gradient.abs()[gradient != 0] >= normal).all()
+    assert gradient[-1] == 0  # as good as: e^-60 is 9e-27
 
 
 @pytest.mark.parametrize(("name", "at_zero"), [("rbf", 3), ("rq", 3), ("laplacian", 2), ("distance", 0)])

@@ -300,9 +300,13 @@ METHOD = {
 }
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
-def test_updates_by_hand(name, options, tmp_path, monkeypatch):
+def test_updates_by_hand(name, options, layout, tmp_path, monkeypatch):
     script = import_module(name)
+    if layout == "channels last":  # as on a GPU
+        prepare = run.prepare
+        monkeypatch.setattr(run, "prepare", lambda models, device: prepare(models, torch.device("cuda")))
     monkeypatch.setattr(script, "draw_picture", lambda path, *_: Image.new("RGB", (1, 1)).save(path))
     monkeypatch.setattr(script, "AE_BATCH", 4, raising=False)
     if (
