@@ -118,7 +118,7 @@ def rbf(d2: Tensor, bandwidths: tuple[float, ...]) -> Tensor:
 
 
 def _exp(exponent: Tensor) -> Tensor:
-    """Return exp(max(exponent, -60)): a CPU is a hundred times slower on what underflows, here or in products."""
+    """Return exp(max(exponent, -60)): of less, a CPU is a hundred times slower in exp and in products."""
     return exponent.clamp_min(-60).exp()
 
 

@@ -168,14 +168,14 @@ def prepare(models: dict, device: torch.device) -> None:
     Neither is done on CPUs: double backwards are slower so, and PyTorch cannot; a line says the latter.
     """
     modules = [model for model in models.values() if isinstance(model, nn.Module)]
+    parts = [part for module in modules for part in module.modules()]
     if device.type == "cuda":
         for module in modules:
             module.to(memory_format=torch.channels_last)
             if several():
                 nn.SyncBatchNorm.convert_sync_batchnorm(module)  # in place: none is itself a batch norm
-    elif several() and dist.get_rank() == 0:
-        if any(isinstance(part, BATCH_NORM) for module in modules for part in module.modules()):
-            print("batch norm takes each process's own batch: PyTorch synchronises it on GPUs only")
+    elif several() and dist.get_rank() == 0 and any(isinstance(part, BATCH_NORM) for part in parts):
+        print("batch norm takes each process's own batch: PyTorch synchronises it on GPUs only")
 
 
 def for_sampling(module: nn.Module, sample_bn: str) -> nn.Module:
