@@ -183,10 +183,12 @@ class Autoencoder(nn.Module):
             x = encoder(dropout(x)).sigmoid()
         return x
 
+    def logits(self, code: Tensor) -> Tensor:
+        """Return what decode is the sigmoid of."""
+        return self.decoders[0](self.decoders[1](code).sigmoid()).unflatten(1, self.shape)
+
     def decode(self, code: Tensor) -> Tensor:
-        for decoder in reversed(self.decoders):
-            code = decoder(code).sigmoid()
-        return code.unflatten(1, self.shape)
+        return self.logits(code).sigmoid()
 
 
 # --- losses ----------------------------------------------------------------------------------------
@@ -205,16 +207,14 @@ def layer_loss(autoencoder: Autoencoder, x: Tensor, layer: int) -> Tensor:
         target = autoencoder.eval().encode(x, layer)  # below, without dropout
     autoencoder.train()
     hidden = autoencoder.encoders[layer](autoencoder.dropouts[layer](target)).sigmoid()
-    return F.binary_cross_entropy(
-        autoencoder.decoders[layer](hidden).sigmoid(), target, reduction="sum"
-    ) / len(x)
+    logits = autoencoder.decoders[layer](hidden)
+    return F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / len(x)
 
 
 def autoencoder_loss(autoencoder: Autoencoder, x: Tensor) -> Tensor:
     """Return the cross-entropy of the whole auto-encoder's reconstruction of x (B, *shape)."""
-    return F.binary_cross_entropy(
-        autoencoder.decode(autoencoder.train().encode(x)), x, reduction="sum"
-    ) / len(x)
+    logits = autoencoder.logits(autoencoder.train().encode(x))
+    return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
 
 
 # --- sampling --------------------------------------------------------------------------------------
@@ -341,7 +341,8 @@ def train(args: Args) -> dict[str, float]:
 
     # The auto-encoder comes before the generator: layer by layer, then as a whole.
     ae_total, ae_loss = 3 * args.ae_steps if args.autoencoder else 0, torch.zeros((), device=device)
-    for update in range(int(autoencoder.updates) + 1 if args.autoencoder else 1, ae_total + 1):
+    updates = range(int(autoencoder.updates) + 1 if args.autoencoder else 1, ae_total + 1)
+    for update in tqdm(updates, "auto-encoder", disable=None if rank == 0 and args.autoencoder else True):
         torch.manual_seed(run.mix(args.seed, 2, update, rank))
         real = data.batch(update - 1)[: max(1, AE_BATCH // world_size)]
         ae_loss = update_autoencoder(autoencoder, ae_optimizer, real, update, args.ae_steps)

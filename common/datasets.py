@@ -142,7 +142,14 @@ class Images(Batches):
 
 
 def kind(name: str) -> str:
-    """Return toys, folder, or the name itself: what a script's table of defaults is keyed by."""
+    """Return toys, folder, or the name itself: what a script's table of defaults is keyed by.
+
+    Raises:
+        BadInput: there is no such data set, or no such folder.
+    """
+    folder = name.startswith("folder:") and os.path.isdir(name.removeprefix("folder:"))
+    names = f"one of {', '.join((*TOYS, *IMAGES))}, or folder:PATH with the PATH of a folder"
+    require(folder or name in TOYS or name in IMAGES, "--dataset", name, names)
     return "toys" if name in TOYS else name.split(":")[0].removeprefix("fashion-")
 
 
@@ -228,9 +235,7 @@ def load_images(name: str, data_dir: str, image_size: int | None, split: str) ->
     Raises:
         BadInput: as load.
     """
-    folder, data_dir = name.startswith("folder:"), Path(data_dir)
-    names = f"one of {', '.join((*TOYS, *IMAGES))}, or folder:PATH"
-    require(folder or name in IMAGES, "--dataset", name, names)
+    folder, data_dir = kind(name) == "folder", Path(data_dir)
     if folder or name == "digits":
         require(split == "train", "--eval-split", split, f"train: {kind(name)} has no other")
     require(image_size or not folder, "--image-size", image_size, "given with --dataset folder:PATH")

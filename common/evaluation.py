@@ -95,7 +95,7 @@ class Evaluator:
             key = hashlib.sha256(repr((self.protocol, data.shape, self.device.type)).encode())
             for chunk in chunks:
                 key.update(images[chunk].cpu().contiguous().numpy())
-            name = f"{datasets.kind(data.name)}-{args.eval_split}-{n}-{key.hexdigest()[:16]}.npz"
+            name = f"{data.name.split(':')[0]}-{args.eval_split}-{n}-{key.hexdigest()[:16]}.npz"
             path = Path(args.data_dir, "evaluation", name)
         self.reference = read_reference(path) if path else None  # used by the first process alone
         if not from_first(lambda: self.reference is not None):
@@ -438,8 +438,8 @@ class Args:
     """Compare images: each side a folder, a data set (cifar10, cifar10:test), or an array (N, H, W, C) or
     (N, C, H, W) in an .npy or .npz file, uint8 or floats in [0, 1] or [-1, 1]."""
 
-    real: tyro.conf.Positional[str]  # the reference
-    fake: tyro.conf.Positional[str]  # what is measured
+    real: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="REAL")]  # the reference
+    fake: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FAKE")]  # what is measured
     eval_features: Features = "inception"  # pixels need no weights, and give no FID
     eval_samples: int = 50_000  # images of either side, at most
     image_size: int | None = None  # side to which folders and data sets are resized

@@ -89,17 +89,29 @@ def parse(args_class: type, argv: list[str] | None = None):
 
 def cli(args_class: type, argv: list[str] | None = None, **default):
     """Return what tyro makes of a command line; what it cannot use is BadInput."""
-    text = io.StringIO()
+    text, said = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(text):
+        with contextlib.redirect_stderr(text), contextlib.redirect_stdout(said):
             return tyro.cli(args_class, args=argv, **default)
     except SystemExit as error:
-        if error.code == 0:  # --help
+        if error.code == 0:
+            print(group(said.getvalue(), [field.name for field in dataclasses.fields(args_class)]), end="")
             raise
         # tyro draws a box with a title: what follows it, on one line.
         said = re.sub("╭.*|[^ -~]|-{4,}", " ", text.getvalue())
         said = re.split("Got errors|Argument helptext|For full helptext", said)[0]
         raise BadInput(f"{said} (see --help)") from error
+
+
+def group(text: str, names: list[str]) -> str:
+    """Return tyro's help with a heading before the method's arguments, those after the one that is last in
+    every script's run block."""
+    if "track" not in names:
+        return text
+    first = f"  --{names[names.index('track') + 1].replace('_', '-')}"
+    rule = max(text.splitlines(), key=lambda line: line.count("-"))
+    text = text.replace(" options ", " run (the same in every script) ", 1)
+    return text.replace(f"\n{first}", f"\n\n method\n{rule}\n{first}", 1)
 
 
 def resolve(args, *tables: dict, least: dict[str, float] | None = None):
@@ -198,7 +210,7 @@ def check_replicas(models: dict, step: int) -> None:
     ends = torch.stack([torch.stack(bits), -torch.stack(bits)])
     dist.all_reduce(ends, dist.ReduceOp.MAX)  # largest, and minus the smallest
     if ends.sum(0).any():
-        raise Failed(f"the weights of the processes differ at step {step}; the last checkpoint is good")
+        raise Failed(f"the weights of the processes differ at step {step}; --resume goes on from before")
 
 
 def mix(*numbers: int) -> int:
@@ -230,7 +242,8 @@ def check_finite(names: tuple[str, ...], first_bad: torch.Tensor) -> None:
     """Raise Failed if a loss was not finite; first_bad (n,) has the first such step of each, or 0."""
     for name, step in zip(names, first_bad.tolist()):
         if step:
-            raise Failed(f"the {name} loss was not finite at step {step}; the last checkpoint is good")
+            remedy = "checkpoint.pt is from before; a smaller --learning-rate may help"
+            raise Failed(f"the {name} loss was not finite at step {step}; {remedy}")
 
 
 # --- run folder and checkpoint -------------------------------------------------------------------

@@ -260,6 +260,20 @@ def test_killed_at_any_moment(kills, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_in_two_groups(script, capsys):
+    args_class = import_module(script).Args
+    with pytest.raises(SystemExit) as exit_:
+        run.parse(args_class, ["--help"])
+    assert exit_.value.code == 0
+    shared, method = capsys.readouterr().out.split("\n method\n")
+    flags = [f"\n  --{field.name.replace('_', '-')}" for field in fields(args_class)]
+    cut = flags.index("\n  --track") + 1
+    assert " run (the same in every script)" in shared
+    assert all(flag in shared for flag in flags[:cut])
+    assert all(flag in method and flag not in shared for flag in flags[cut:])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_nan_ends_the_run_and_never_enters_a_checkpoint(script, tmp_path, monkeypatch):
     batch = datasets.Images.batch
     bad = lambda self, i: batch(self, i) * (math.nan if i >= 4 else 1)  # noqa: E731
@@ -276,21 +290,9 @@ def test_nan_in_the_auto_encoder_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(
         datasets.Images, "batch", lambda self, i: batch(self, i) * (math.nan if i == 2 else 1)
     )
-    monkeypatch.setattr(
-        torch.nn.functional, "binary_cross_entropy", lambda x, y, reduction: ((x - y) ** 2).sum()
-    )
+    options = ["--autoencoder", "--ae-steps", "2", "--total-steps", "2", "--eval-every", "0"]
     with pytest.raises(run.Failed, match="the autoencoder loss was not finite at step 3"):
-        train(
-            "gmmn",
-            "--autoencoder",
-            "--ae-steps",
-            "2",
-            "--total-steps",
-            "2",
-            "--eval-every",
-            "0",
-            runs=tmp_path,
-        )
+        train("gmmn", *options, runs=tmp_path)
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
@@ -429,7 +431,7 @@ gamn --gp-target nan                              | --gp-target is nan
 gamn --data-mmd-weight -1                         | --data-mmd-weight is -1.0
 gamn --n-generator 0                              | --n-generator is 0
 gamn --regularizer l3                             | --regularizer
-gamn --dataset folder:.                           | --dataset is folder:.
+gamn --dataset folder:. --eval-features pixels    | --dataset is folder:.
 mmd_gan --lambda-ae -1                            | --lambda-ae is -1.0
 mmd_gan --lambda-rank inf                         | --lambda-rank is inf
 mmd_gan --clip -0.01                              | --clip is -0.01
