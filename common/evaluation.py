@@ -13,7 +13,6 @@ import json
 import math
 import os
 import sys
-import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
+from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -307,15 +307,11 @@ def read_reference(path: Path) -> dict[str, Tensor] | None:
 
 def write_reference(path: Path, reference: dict[str, Tensor]) -> None:
     """Write a reference whole or not at all; where that cannot be, a warning says so."""
-    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
+    arrays = {name: tensor.numpy() for name, tensor in reference.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "wb") as file:
-                np.savez(file, **{name: tensor.numpy() for name, tensor in reference.items()})
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with FileLock(path.with_name("lock")):  # another run may have come to the same
+            run.write_whole(path, lambda file: np.savez(file, **arrays))
     except OSError as error:
         print(f"warning: {path} could not be written ({error}): to be computed again next time")
 

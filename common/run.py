@@ -276,11 +276,14 @@ def make_folder(args, script: str, rank: int) -> Path:
 def write_whole(path: Path, write) -> None:
     """Write a file by write(file), whole or not at all: a killed run or a full disk leaves the old one."""
     partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict) -> None:
