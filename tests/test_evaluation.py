@@ -747,11 +747,12 @@ def test_a_loaded_set_knows_its_split():
     assert datasets.load(arguments(), "train", (-1, 1), CPU, 0, 1).split == "train"
 
 
-def test_pixels_of_large_images_are_refused():
-    images = torch.zeros(20, 3, 65, 65, dtype=torch.uint8)
-    data = SimpleNamespace(name="digits", images=images, shape=(3, 65, 65), value_range=(0, 1), split="train")
-    with pytest.raises(BadInput, match="--eval-features is pixels, but should be inception"):
-        evaluator_of(arguments(), data)
+def test_pixels_of_large_images_are_means():
+    images = torch.randint(256, (3, 2, 64, 32), dtype=torch.uint8)
+    (found,) = evaluation.pixels(images)
+    expected = images.double().unflatten(2, (32, 2)).mean(3).flatten(1) / 255
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
+    assert torch.equal(evaluation.pixels(images[:, :, :32])[0], images[:, :, :32].flatten(1).float() / 255)
 
 
 def test_a_run_ends_with_every_metric(tiny, tmp_path):
