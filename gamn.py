@@ -65,7 +65,7 @@ from common import datasets, evaluation, kernels, run
 
 @dataclass
 class Args:
-    """Where None is the default, the value is that of DEFAULTS for the data set."""
+    """None as a default: the value that the table DEFAULTS has for the data set, or what the help says."""
 
     # --- run ---
     dataset: str = "digits"  # a name in the README's table of data sets, or folder:PATH
@@ -356,9 +356,9 @@ def train(args: Args) -> dict[str, float]:
     drawn = sum(critic_steps(i, args) + 1 for i in range(1, step + 1))  # batches
     c_loss = torch.zeros((), device=device)  # until the mapper's next round
     begin, begin_step = time.time(), step
-    progress = tqdm(total=args.total_steps, initial=step, disable=None if rank == 0 else True)
+    steps = range(step + 1, args.total_steps + 1)
 
-    for step in range(step + 1, args.total_steps + 1):
+    for step in tqdm(steps, initial=step, total=args.total_steps, disable=None if rank == 0 else True):
         torch.manual_seed(run.mix(args.seed, 0, step, rank))  # whatever is random depends on the step alone
         # Critic: several updates, each with a batch of its own.
         for _ in range(critic_steps(step, args)):
@@ -405,7 +405,6 @@ def train(args: Args) -> dict[str, float]:
             models["ema"].update_parameters(generator)
         bad = ~torch.stack([c_loss.detach(), g_loss.detach()]).isfinite()
         first_bad = torch.where(bad & (first_bad == 0), step, first_bad)
-        progress.update()
 
         if due(args.log_every):
             run.check_finite(LOSSES, first_bad)
@@ -430,7 +429,8 @@ def train(args: Args) -> dict[str, float]:
 
     writer.close()
     if rank == 0:
-        print(f"{folder}: samples/, checkpoint.pt, results.json; tensorboard --logdir {args.runs_dir}")
+        results = ", results.json" if metrics else ""
+        print(f"{folder}: samples/, checkpoint.pt{results}; tensorboard --logdir {args.runs_dir}")
     return metrics
 
 

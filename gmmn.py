@@ -57,7 +57,7 @@ from common import datasets, evaluation, kernels, run
 
 @dataclass
 class Args:
-    """Where None is the default, the value is that of DEFAULTS for the data set."""
+    """None as a default: the value that the table DEFAULTS has for the data set, or what the help says."""
 
     # --- run ---
     dataset: str = "digits"  # a name in the README's table of data sets, or folder:PATH
@@ -298,8 +298,8 @@ def train(args: Args) -> dict[str, float]:
 
     # Run folder
     folder = run.make_folder(args, SCRIPT, rank)
-    ae_left = 3 * args.ae_steps - int(autoencoder.updates) if args.autoencoder else 0
-    writer = run.make_writer(folder, args, step - ae_left, rank)  # the auto-encoder's steps end at 0
+    ae_total, ae_done = (3 * args.ae_steps, int(autoencoder.updates)) if args.autoencoder else (0, 0)
+    writer = run.make_writer(folder, args, step + ae_done - ae_total, rank)  # the auto-encoder's end at 0
     first_bad = torch.zeros(len(LOSSES), dtype=torch.int64, device=device)  # first step not finite
     metrics = {}
 
@@ -340,9 +340,8 @@ def train(args: Args) -> dict[str, float]:
         save()  # from here on there is always something to resume from
 
     # The auto-encoder comes before the generator: layer by layer, then as a whole.
-    ae_total, ae_loss = 3 * args.ae_steps if args.autoencoder else 0, torch.zeros((), device=device)
-    updates = range(int(autoencoder.updates) + 1 if args.autoencoder else 1, ae_total + 1)
-    for update in tqdm(updates, "auto-encoder", disable=None if rank == 0 and args.autoencoder else True):
+    updates, ae_loss = range(ae_done + 1, ae_total + 1), torch.zeros((), device=device)
+    for update in tqdm(updates, "auto-encoder", disable=None if rank == 0 and updates else True):
         torch.manual_seed(run.mix(args.seed, 2, update, rank))
         real = data.batch(update - 1)[: max(1, AE_BATCH // world_size)]
         ae_loss = update_autoencoder(autoencoder, ae_optimizer, real, update, args.ae_steps)
@@ -358,9 +357,9 @@ def train(args: Args) -> dict[str, float]:
     encode = autoencoder.eval().encode if args.autoencoder else nn.Flatten()
 
     begin, begin_step = time.time(), step
-    progress = tqdm(total=args.total_steps, initial=step, disable=None if rank == 0 else True)
+    steps = range(step + 1, args.total_steps + 1)
 
-    for step in range(step + 1, args.total_steps + 1):
+    for step in tqdm(steps, initial=step, total=args.total_steps, disable=None if rank == 0 else True):
         torch.manual_seed(run.mix(args.seed, 0, step, rank))  # whatever is random depends on the step alone
         real = data.batch(step - 1)
         noise = draw_noise(len(real), args, device)
@@ -384,7 +383,6 @@ def train(args: Args) -> dict[str, float]:
             models["ema"].update_parameters(generator)
         bad = ~torch.stack([g_loss.detach(), ae_loss]).isfinite()
         first_bad = torch.where(bad & (first_bad == 0), step, first_bad)
-        progress.update()
 
         if due(args.log_every):
             run.check_finite(LOSSES, first_bad)
@@ -407,7 +405,8 @@ def train(args: Args) -> dict[str, float]:
 
     writer.close()
     if rank == 0:
-        print(f"{folder}: samples/, checkpoint.pt, results.json; tensorboard --logdir {args.runs_dir}")
+        results = ", results.json" if metrics else ""
+        print(f"{folder}: samples/, checkpoint.pt{results}; tensorboard --logdir {args.runs_dir}")
     return metrics
 
 

@@ -61,7 +61,7 @@ from common import datasets, evaluation, kernels, run
 
 @dataclass
 class Args:
-    """Where None is the default, the value is that of DEFAULTS for the data set."""
+    """None as a default: the value that the table DEFAULTS has for the data set, or what the help says."""
 
     # --- run ---
     dataset: str = "digits"  # a name in the README's table of data sets, or folder:PATH
@@ -283,8 +283,8 @@ def losses(real_feat: Tensor, fake_feat: Tensor, args: Args) -> tuple[Tensor, Te
     kernel = kernels.RADIAL[args.kernel.removesuffix("-b")]
     d2 = kernels.squared_distance_blocks(real_feat, fake_feat)
     gram = [kernel(block, args.bandwidths) for block in d2]  # k_xx, k_xy, k_yy
-    bounds = bounded(*d2, args.lam) if args.kernel == "rbf-b" else d2  # the generator keeps a true MMD
-    critic_gram = [kernel(block, args.bandwidths) for block in bounds]
+    bounds = bounded(*d2, args.lam) if args.kernel == "rbf-b" else ()  # the generator keeps a true MMD
+    critic_gram = [kernel(block, args.bandwidths) for block in bounds] or gram
     logged = {f"kernel/k_{pair}": kernels.off_diagonal_mean(k) for pair, k in zip(("xx", "xy", "yy"), gram)}
     return critic_loss(*critic_gram, args.lam), generator_loss(*gram), logged
 
@@ -385,9 +385,9 @@ def train(args: Args) -> dict[str, float]:
     if step == 0:
         save()  # from here on there is always something to resume from
     begin, begin_step = time.time(), step
-    progress = tqdm(total=args.total_steps, initial=step, disable=None if rank == 0 else True)
+    steps = range(step + 1, args.total_steps + 1)
 
-    for step in range(step + 1, args.total_steps + 1):
+    for step in tqdm(steps, initial=step, total=args.total_steps, disable=None if rank == 0 else True):
         torch.manual_seed(run.mix(args.seed, 0, step, rank))  # whatever is random depends on the step alone
         real = data.batch(step - 1).requires_grad_(args.lambda_gp > 0)
         noise = draw_noise(len(real), args, device)
@@ -411,7 +411,6 @@ def train(args: Args) -> dict[str, float]:
             models["ema"].update_parameters(generator)
         bad = ~torch.stack([c_loss.detach(), g_loss.detach()]).isfinite()
         first_bad = torch.where(bad & (first_bad == 0), step, first_bad)
-        progress.update()
 
         if due(args.log_every):
             run.check_finite(LOSSES, first_bad)
@@ -431,7 +430,8 @@ def train(args: Args) -> dict[str, float]:
 
     writer.close()
     if rank == 0:
-        print(f"{folder}: samples/, checkpoint.pt, results.json; tensorboard --logdir {args.runs_dir}")
+        results = ", results.json" if metrics else ""
+        print(f"{folder}: samples/, checkpoint.pt{results}; tensorboard --logdir {args.runs_dir}")
     return metrics
 
 

@@ -84,7 +84,7 @@ from common import datasets, evaluation, kernels, run
 
 @dataclass
 class Args:
-    """Where None is the default, the value is that of DEFAULTS for the data set."""
+    """None as a default: the value that the table DEFAULTS has for the data set, or what the help says."""
 
     # --- run ---
     dataset: str = "digits"  # a name in the README's table of data sets, or folder:PATH
@@ -127,7 +127,7 @@ class Args:
     sn_scale: bool = True  # spectral: a learned factor on each normalised weight; off: norm 1
     log_condition_numbers: bool = False  # of each critic layer's (c_out, rest) matrix, with the curves
     n_critic: int = 5  # critic updates per generator update
-    warmup_critic: int = 10  # the same, at the first 20 generator updates and at every 500th
+    warmup_critic: int = 10  # the same for the first 20 generator updates and after each 500th
     latent_dim: int | None = None  # dimension of the generator's input z ~ U(-1, 1)
     learning_rate: float | None = None  # of the generator
     critic_learning_rate: float | None = None  # of the critic (None: the generator's)
@@ -178,10 +178,12 @@ def resolve(args: Args) -> Args:
     args = run.resolve(args, values, least=LEAST)
     ok = args.constraint != "swgan" or (args.kernel, args.feature_dim) == ("linear", 1)
     run.require(ok, "--constraint", "swgan", "without --kernel and --feature-dim, which are linear and 1")
-    run.require(not poster or args.kernel != "distance", "--kernel", "distance", "smooth in poster form")
+    smooth = "another one: --scale-form poster needs a smooth kernel"
+    run.require(not poster or args.kernel != "distance", "--kernel", "distance", smooth)
     toy, scaled = args.dataset in datasets.TOYS, args.constraint in ("scaled", "swgan")
     ok = not kid or (args.eval_every and args.eval_features == "inception" and not toy)
-    run.require(ok, "--lr-schedule", "kid", "constant, or for images and with --eval-features inception")
+    needs = "constant; kid needs images, --eval-features inception and --eval-every above 0"
+    run.require(ok, "--lr-schedule", "kid", needs)
     run.require(scaled or not poster, "--scale-form", "poster", "left out: this --constraint has no scale")
     ok = not args.as_coded or args.constraint == "gradient-penalty" or args.kernel == "rq-linear"
     run.require(ok, "--as-coded", "on", "left out: it is about the gradient penalty and rq-linear")
@@ -305,6 +307,8 @@ def normalise(critic: Critic, norm: str, sn_scale: bool) -> None:
             nn.utils.parametrizations.spectral_norm(layer)  # Deviation 7
             if sn_scale:
                 nn.utils.parametrize.register_parametrization(layer, "weight", Scale())
+        for part in layer.parametrizations.weight:  # in float32, whatever --precision is
+            part.forward = torch.autocast(layer.bias.device.type, enabled=False)(part.forward)
 
 
 def condition_numbers(critic: Critic) -> dict[str, Tensor]:
@@ -492,9 +496,9 @@ def train(args: Args) -> dict[str, float]:
         save()  # from here on there is always something to resume from
     drawn = sum(critic_steps(i, args) + 1 for i in range(1, step + 1))  # batches
     begin, begin_step = time.time(), step
-    progress = tqdm(total=args.total_steps, initial=step, disable=None if rank == 0 else True)
+    steps = range(step + 1, args.total_steps + 1)
 
-    for step in range(step + 1, args.total_steps + 1):
+    for step in tqdm(steps, initial=step, total=args.total_steps, disable=None if rank == 0 else True):
         torch.manual_seed(run.mix(args.seed, 0, step, rank))  # whatever is random depends on the step alone
         # Critic: several updates, each with a batch of its own.
         for _ in range(critic_steps(step, args)):
@@ -546,7 +550,6 @@ def train(args: Args) -> dict[str, float]:
             models["ema"].update_parameters(generator)
         bad = ~torch.stack([c_loss.detach(), g_loss.detach()]).isfinite()
         first_bad = torch.where(bad & (first_bad == 0), step, first_bad)
-        progress.update()
 
         if due(args.log_every):
             run.check_finite(LOSSES, first_bad)
@@ -574,7 +577,8 @@ def train(args: Args) -> dict[str, float]:
 
     writer.close()
     if rank == 0:
-        print(f"{folder}: samples/, checkpoint.pt, results.json; tensorboard --logdir {args.runs_dir}")
+        results = ", results.json" if metrics else ""
+        print(f"{folder}: samples/, checkpoint.pt{results}; tensorboard --logdir {args.runs_dir}")
     return metrics
 
 

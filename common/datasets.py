@@ -87,7 +87,8 @@ class Toy(Batches):
 
     def batch(self, i: int) -> Tensor:
         """Return batch i, (batch_size / world_size, d) float32."""
-        return self.part(draw_toy(self.name, self.batch_size, mix(self.seed, 3, i))).to(self.device)
+        points = draw_toy(self.name, self.batch_size, mix(self.seed, 3, i))
+        return self.part(points).to(self.device, non_blocking=True)
 
 
 @dataclass
@@ -142,7 +143,7 @@ class Images(Batches):
 
 
 def kind(name: str) -> str:
-    """Return toys, folder, or the name itself: what a script's table of defaults is keyed by.
+    """Return toys, folder, mnist for both MNISTs, or the name: what a script's table DEFAULTS is keyed by.
 
     Raises:
         BadInput: there is no such data set, or no such folder.

@@ -44,7 +44,7 @@ TEST_SAMPLES = 2048  # in a three-sample test
 class Evaluator:
     """Compares samples with a reference; the network that it needs is found, or refused, when it is made.
 
-    Several processes share the work: all must call metrics and kernel_sums, and all get the same answer.
+    Several processes share the work: all must call set_reference, metrics and kernel_sums, and get the same.
 
     count: how many samples are evaluated. protocol: what the numbers are, to be stored beside them.
     """
@@ -60,7 +60,7 @@ class Evaluator:
         toy = args.dataset in datasets.TOYS
         require(not (args.ms_ssim and toy), "--ms-ssim", "on", "off for a data set of points")
         ok = not args.ms_ssim or importlib.util.find_spec("torchmetrics")
-        require(ok, "--ms-ssim", "on", "off, or do: pip install torchmetrics")
+        require(ok, "--ms-ssim", "on", "off where torchmetrics is missing (pip install torchmetrics)")
         if args.eval_features == "inception" and not toy:
             self.extractor, self.weights = load_inception(args.inception_weights, self.device)
 
@@ -181,7 +181,7 @@ class Evaluator:
 
 def from_first(compute: Callable[[], object]):
     """Return, on every process, what compute() returns on the first."""
-    if not dist.is_initialized():
+    if not run.several():
         return compute()
     result = [compute() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(result)
@@ -399,7 +399,7 @@ def common_mmd2(real: Tensor, fake: Tensor, scale: Tensor) -> float:
 
     rbf with sigma = the median distance within scale (n, d), times 1/8, 1/4, 1/2, 1 and 2. May be negative.
     """
-    median = torch.nn.functional.pdist(scale).square().median()
+    median = F.pdist(scale).square().median()
     bandwidths = tuple(median.sqrt().item() * factor for factor in (1 / 8, 1 / 4, 1 / 2, 1, 2))
     return kernels.mmd2(*kernels.gram_blocks(real, fake, "rbf", bandwidths), "unbiased").item()
 
@@ -511,9 +511,7 @@ def main(args: Args) -> dict[str, float]:
 if __name__ == "__main__":
     try:
         main(run.cli(Args))
+        run.end()
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()

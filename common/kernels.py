@@ -176,8 +176,7 @@ def gram_blocks(
     if kernel in ("linear", "rq-linear"):
         with torch.autocast(x.device.type, enabled=False):
             blocks = [k + a @ b.T for k, (a, b) in zip(blocks, ((x, x), (x, y), (y, y)))]
-    k_xx, k_xy, k_yy = blocks
-    return k_xx, k_xy, k_yy
+    return tuple(blocks)
 
 
 # --- estimators of MMD^2 -------------------------------------------------------------------------

@@ -62,6 +62,7 @@ def main(train, args_class: type) -> None:
     handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         train(parse(args_class))
+        end()
     except (BadInput, Failed) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)
@@ -69,8 +70,6 @@ def main(train, args_class: type) -> None:
         SIGNALS.clear()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def parse(args_class: type, argv: list[str] | None = None):
@@ -119,8 +118,8 @@ def resolve(args, *tables: dict, least: dict[str, float] | None = None):
 
     least: lower bounds of the script's own arguments, beside those that are the same in every script.
     """
-    values = {key: value for table in tables for key, value in table.items()}
-    args = dataclasses.replace(args, **{k: v for k, v in values.items() if getattr(args, k) is None})
+    defaults = {key: value for table in tables for key, value in table.items()}
+    args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
     bounds = dict.fromkeys(("log_every", "sample_every", "eval_every", "save_every", "seed"), 0)
     bounds |= dict.fromkeys(("total_steps", "batch_size", "width", "eval_samples", "image_size"), 1)
     bounds |= dict.fromkeys(("latent_dim", "feature_dim", "n_critic"), 1)
@@ -133,16 +132,15 @@ def resolve(args, *tables: dict, least: dict[str, float] | None = None):
         require(finite, f"--{name.replace('_', '-')}", value, "a finite number")
     for name in ("learning_rate", "critic_learning_rate", "bandwidths", "sn_gain"):
         value = getattr(args, name, None)
-        values = value if isinstance(value, tuple) else (1.0 if value is None else value,)
-        positive = len(values) > 0 and all(0 < v < float("inf") for v in values)
+        numbers = value if isinstance(value, tuple) else (1.0 if value is None else value,)
+        positive = len(numbers) > 0 and all(0 < v < math.inf for v in numbers)
         require(positive, f"--{name.replace('_', '-')}", value, "positive")
     for name in ("beta1", "beta2", "momentum"):
         value = getattr(args, name, 0.0)
         require(0 <= value < 1, f"--{name}", value, "in [0, 1)")
     require(0 <= args.ema_decay < 1, "--ema-decay", args.ema_decay, "in [0, 1)")
-    require(
-        not args.track or importlib.util.find_spec("wandb"), "--track", "on", "off, or do: pip install wandb"
-    )
+    ok = not args.track or importlib.util.find_spec("wandb")
+    require(ok, "--track", "on", "off where wandb is missing (pip install wandb)")
     require(not args.eval_only or args.resume, "--eval-only", "given alone", "given with --resume RUN")
     return args
 
@@ -163,10 +161,17 @@ def start(device: str) -> tuple[torch.device, int, int]:
         raise BadInput(f"--device {name} cannot be used here, but cpu can: {problem}") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True  # Gram matrices: no TF32
+        torch.backends.cudnn.benchmark = True  # TF32 as PyTorch has it: in convolutions, not in products
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     return device, rank, world_size
+
+
+def end() -> None:
+    """Leave the other processes. Not after an error: they may be waiting, and NCCL would wait for them."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def several() -> bool:
@@ -234,7 +239,8 @@ def leave(writer, folder: Path, step: int) -> None:
     """Exit with the status that the signal has by convention, saying how to go on."""
     writer.close()
     if not several() or dist.get_rank() == 0:  # which alone knows the folder
-        print(f"stopped by signal {SIGNALS[0]} after step {step}; go on with --resume {folder}")
+        tqdm.write(f"stopped by signal {SIGNALS[0]} after step {step}; go on with --resume {folder}")
+    end()
     sys.exit(128 + SIGNALS[0])
 
 
@@ -242,7 +248,7 @@ def check_finite(names: tuple[str, ...], first_bad: torch.Tensor) -> None:
     """Raise Failed if a loss was not finite; first_bad (n,) has the first such step of each, or 0."""
     for name, step in zip(names, first_bad.tolist()):
         if step:
-            remedy = "checkpoint.pt is from before; a smaller --learning-rate may help"
+            remedy = "a new run with a smaller --learning-rate may help (--resume keeps the rate)"
             raise Failed(f"the {name} loss was not finite at step {step}; {remedy}")
 
 

@@ -393,6 +393,22 @@ def test_norms_against_the_svd(shape):
     assert all(made(shape, norm)(x)[-1].shape == (3, 1) for norm in ("none", "spectral", "orthogonal"))
 
 
+@pytest.mark.parametrize("norm", ["spectral", "orthogonal"])
+def test_norms_stay_in_float32_under_autocast(norm, monkeypatch):
+    """On a CPU only the products of orthogonal would be in bfloat16; on a GPU mv, of spectral, too."""
+    critic, mv, seen = made((1, 8, 8), norm, True), torch.mv, []
+    expected = matrices(critic)
+    watched = lambda *args, **out: (seen.append(torch.is_autocast_enabled("cpu")), mv(*args, **out))[1]  # noqa: E731
+    monkeypatch.setattr(torch, "mv", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = matrices(critic)
+        assert critic(torch.rand(2, 1, 8, 8))[-1].dtype == torch.bfloat16
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert all(matrix.dtype == torch.float32 for matrix in found)
+    assert len(seen) > 0 or norm == "orthogonal"
+    assert not any(seen)
+
+
 def test_learned_scale_multiplies_the_normalised_weight():
     critic, without = made((1, 8, 8), "spectral", True), made((1, 8, 8), "spectral")
     factors = [p for name, p in critic.named_parameters() if name.endswith("factor")]
