@@ -96,7 +96,9 @@ class Args:
 
     # --- method ---
     kernel: Literal["rbf", "laplacian", "rq"] = "rbf"  # of the mapper's features; the paper's is rbf
-    bandwidths: tuple[float, ...] | None = None  # (None: 1 2 4 8 16; toys .05 to 1); not given in the paper
+    bandwidths: tuple[float, ...] | None = (
+        None  # sigma (None: 1 2 4 8 16; toys .05 to 1), or alpha; not in the paper
+    )
     regularizer: Literal["gp", "l1", "l2", "weight-decay"] = "gp"  # Reg in the mapper's loss
     lambda_reg: float | None = None  # of Reg (None: gp 10, on toys 1; others 1e-3); not given in the paper
     gp_target: float = 1.0  # norm of the gradient that gp asks for
@@ -126,8 +128,8 @@ DEFAULTS = {
         critic_learning_rate=5e-4, eval_every=500, eval_features="pixels",
     ),  # ours
     "toys": dict(
-        total_steps=4000, batch_size=256, width=256, latent_dim=2, learning_rate=5e-4, n_critic=2,
-        critic_learning_rate=1e-4, eval_every=500, sample_bn="running",
+        total_steps=4000, batch_size=256, width=256, latent_dim=2, learning_rate=5e-4,
+        critic_learning_rate=1e-4, n_critic=2, eval_every=500, sample_bn="running",
     ),  # ours
 }  # fmt: skip
 VALUE_RANGE = (-1.0, 1.0)
@@ -143,7 +145,9 @@ def resolve(args: Args) -> Args:
     method = {"lambda_reg": 1e-3 if args.regularizer != "gp" else 1.0 if toy else 10.0}
     bandwidths = (0.05, 0.1, 0.2, 0.5, 1.0) if toy else (1.0, 2.0, 4.0, 8.0, 16.0)
     bandwidths = (0.2, 0.5, 1.0, 2.0, 5.0) if args.kernel == "rq" else bandwidths  # Deviation 7
-    return run.resolve(args, *defaults, method, {"bandwidths": bandwidths}, least=LEAST)
+    args = run.resolve(args, *defaults, method, {"bandwidths": bandwidths}, least=LEAST)
+    toy or sides(args.image_size)
+    return args
 
 
 # --- networks --------------------------------------------------------------------------------------
@@ -228,8 +232,8 @@ class Critic(nn.Module):
 def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, target: float) -> Tensor:
     """Return E (|| grad_t sum_i F_i(t) || - target)^2 of Eq. (7), t uniform between x and y (B, *shape)."""
     u = torch.rand(len(real), *[1] * (real.ndim - 1), device=real.device)
-    between = (real + u * (fake - real)).requires_grad_()
-    (gradient,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)  # of each sample
+    mid = real.lerp(fake, u).requires_grad_()
+    (gradient,) = torch.autograd.grad(critic(mid).sum(), mid, create_graph=True)  # of each sample
     return (kernels.gather(gradient.flatten(1).norm(dim=1)) - target).square().mean()
 
 
@@ -244,12 +248,12 @@ def regularization(critic: nn.Module, real: Tensor, fake: Tensor, args: Args) ->
 
 
 def critic_loss(mmd: Tensor, reg: Tensor, lambda_reg: float) -> Tensor:
-    """Return L_D = -M + lambda Reg of Eqs. (7) to (10), minimised: M - lambda Reg, negated. Deviation 1."""
+    """Return L_D = -M + lambda Reg of Eqs. (7) to (10), to be minimised. Deviations 1 and 2."""
     return -mmd + lambda_reg * reg
 
 
 def generator_loss(mmd: Tensor, data_mmd: Tensor | float, data_mmd_weight: float) -> Tensor:
-    """Return L_G = M + w M_data, minimised; M of features, M_data of samples, both at least 0."""
+    """Return L_G = M + w M_data, minimised; M of features, Eq. (6), M_data of samples, Eq. (10)."""
     return mmd + data_mmd_weight * data_mmd
 
 
@@ -372,10 +376,10 @@ def train(args: Args) -> dict[str, float]:
             reg = regularization(critic, real, fake.float(), args)
             real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
             k_xx, k_xy, k_yy = kernels.gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
-            mmd = kernels.sqrt_mmd(k_xx, k_xy, k_yy)  # Deviation 2
+            mmd = kernels.sqrt_mmd(k_xx, k_xy, k_yy)  # Eqs. (3), (4)
             c_loss = critic_loss(mmd, reg, args.lambda_reg)
             c_optimizer.zero_grad()
-            c_loss.backward()
+            c_loss.backward(inputs=list(critic.parameters()))
             kernels.average_gradients(critic)
             c_optimizer.step()
 
@@ -421,7 +425,7 @@ def train(args: Args) -> dict[str, float]:
             picture()
         if args.eval_every and due(args.eval_every):
             evaluate()
-        stopping = run.stop_asked(step)
+        stopping = run.stop_asked(step) and step < args.total_steps
         if due(args.save_every) or stopping:
             save()
         if stopping:
@@ -429,8 +433,7 @@ def train(args: Args) -> dict[str, float]:
 
     writer.close()
     if rank == 0:
-        results = ", results.json" if metrics else ""
-        print(f"{folder}: samples/, checkpoint.pt{results}; tensorboard --logdir {args.runs_dir}")
+        print(f"{folder} has what came out; tensorboard --logdir {args.runs_dir} shows the curves")
     return metrics
 
 

@@ -397,7 +397,7 @@ def train(args: Args) -> dict[str, float]:
             picture()
         if args.eval_every and due(args.eval_every):
             evaluate()
-        stopping = run.stop_asked(step)
+        stopping = run.stop_asked(step) and step < args.total_steps
         if due(args.save_every) or stopping:
             save()
         if stopping:
@@ -405,8 +405,7 @@ def train(args: Args) -> dict[str, float]:
 
     writer.close()
     if rank == 0:
-        results = ", results.json" if metrics else ""
-        print(f"{folder}: samples/, checkpoint.pt{results}; tensorboard --logdir {args.runs_dir}")
+        print(f"{folder} has what came out; tensorboard --logdir {args.runs_dir} shows the curves")
     return metrics
 
 

@@ -134,6 +134,7 @@ DEFAULTS = {
     ),  # Appendix B.1 with h = 2; Deviations 7 and 9
 }  # fmt: skip
 VALUE_RANGE = (-1.0, 1.0)
+LEAST = {"ridge": 0, "positivity_weight": 0}  # bounds of the above
 LOSSES = ("critic", "generator")
 SCRIPT = Path(__file__).stem
 
@@ -143,7 +144,9 @@ def resolve(args: Args) -> Args:
     defaults = DEFAULTS["images"], DEFAULTS.get(datasets.kind(args.dataset), {})
     ok = not args.as_coded or args.positivity == "sum"
     run.require(ok, "--positivity", "clip", "left out: --as-coded has no such term")
-    return run.resolve(args, *defaults, least={"ridge": 0, "positivity_weight": 0})
+    args = run.resolve(args, *defaults, least=LEAST)
+    args.dataset in datasets.TOYS or levels(args.image_size)
+    return args
 
 
 # --- networks --------------------------------------------------------------------------------------
@@ -153,7 +156,7 @@ MNIST = (1, 28, 28)  # the shape of images that have networks of their own, Appe
 
 def levels(side: int) -> int:
     """Return how often an image is halved: 1 for 8x8, 3 for 32x32 (down to 4x4) and 48x48 (to 6x6)."""
-    n = side.bit_length() - 3
+    n = side.bit_length() - 3  # Deviation 9
     run.require(n >= 1 and side % 2**n == 0, "--image-size", side, "4, 5, 6 or 7 times 2, 4, 8, ...")
     return n
 
@@ -253,7 +256,7 @@ def generator_loss(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor) -> Tensor:
 
 
 def losses(real_feat: Tensor, fake_feat: Tensor, args: Args) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return critic loss, generator loss and what is logged beside them, for features (n, d)."""
+    """Return critic loss, generator loss and what is logged beside them, for features (n, d); Algorithm 1."""
     d2 = kernels.squared_distance_blocks(real_feat.double(), fake_feat.double())
     # (S, n, n) each, S bandwidths: both losses are made of these, Algorithm 1.
     k_xx, k_xy, k_yy = (torch.stack([kernels.rbf(block, (s,)) for s in args.bandwidths]) for block in d2)
@@ -303,7 +306,7 @@ def draw_picture(path: Path, fake: Tensor, data: datasets.Batches, critic: nn.Mo
     axes = figure.add_subplot(1, 2, 2, title=title)
     for points in F.pad(feat, (0, 2 - feat.shape[1])).cpu().chunk(2):  # K = 1 is drawn on a line
         axes.scatter(*points.T, s=3, alpha=0.6)
-    figure.savefig(path)
+    axes.figure.savefig(path)
 
 
 # --- training --------------------------------------------------------------------------------------
@@ -392,7 +395,7 @@ def train(args: Args) -> dict[str, float]:
         torch.manual_seed(run.mix(args.seed, 0, step, rank))  # whatever is random depends on the step alone
         real = data.batch(step - 1)
         noise = draw_noise(len(real), args, device)
-        # Both players from one graph: simultaneous updates, Algorithm 1.
+        # Both players from one graph: simultaneous updates.
         with autocast:
             fake = generator(noise)
         c_loss, g_loss, logged = project_and_compare(real, fake)
@@ -424,7 +427,7 @@ def train(args: Args) -> dict[str, float]:
             picture()
         if args.eval_every and due(args.eval_every):
             evaluate()
-        stopping = run.stop_asked(step)
+        stopping = run.stop_asked(step) and step < args.total_steps
         if due(args.save_every) or stopping:
             save()
         if stopping:
@@ -432,8 +435,7 @@ def train(args: Args) -> dict[str, float]:
 
     writer.close()
     if rank == 0:
-        results = ", results.json" if metrics else ""
-        print(f"{folder}: samples/, checkpoint.pt{results}; tensorboard --logdir {args.runs_dir}")
+        print(f"{folder} has what came out; tensorboard --logdir {args.runs_dir} shows the curves")
     return metrics
 
 

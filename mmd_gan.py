@@ -155,7 +155,9 @@ def resolve(args: Args) -> Args:
     bandwidths = (0.2, 0.5, 1.0, 2.0, 5.0) if args.kernel == "rq" else bandwidths  # Deviation 5
     run.require(not (gram and toy), "--architecture", args.architecture, "li for a data set of points")
     run.require(gram or not args.weak_critic, "--weak-critic", "on", "given with --architecture gram")
-    return run.resolve(args, *defaults, method, {"bandwidths": bandwidths}, least=LEAST)
+    args = run.resolve(args, *defaults, method, {"bandwidths": bandwidths}, least=LEAST)
+    toy or levels(args.image_size)
+    return args
 
 
 # --- networks --------------------------------------------------------------------------------------
@@ -168,19 +170,19 @@ def levels(side: int) -> int:
     return n
 
 
-def mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
-    """Return three hidden layers and a linear one: every network on toys."""
-    sizes = [inputs, width, width, width]
-    hidden = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.ReLU())]
-    return nn.Sequential(*hidden, nn.Linear(width, outputs))
-
-
 def initialise(module: nn.Module) -> None:
     """Draw weights of convolutions from N(0, 0.02^2) and scales of batch norm from N(1, 0.02^2), as [C]."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, std=0.02)
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.normal_(module.weight, mean=1.0, std=0.02)
+
+
+def mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
+    """Return three hidden layers and a linear one: every network on toys."""
+    sizes = [inputs, width, width, width]
+    hidden = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(width, outputs))
 
 
 class Generator(nn.Module):
@@ -245,7 +247,7 @@ def reconstruction(decoder: nn.Module, x: Tensor, feat: Tensor) -> Tensor:
 
 
 def critic_loss(mmd: Tensor, hinge: Tensor, ae_loss: Tensor, lambda_rank: float, lambda_ae: float) -> Tensor:
-    """Return L_D = -(M + lambda_rank H) + lambda_ae ae_loss, minimised; ae_loss = R(x) + R(y)."""
+    """Return L_D = -(M + lambda_rank H) + lambda_ae ae_loss, minimised; ae_loss = R(x) + R(y). Deviation 4"""
     return -(mmd + lambda_rank * hinge) + lambda_ae * ae_loss
 
 
@@ -290,7 +292,7 @@ def draw_picture(path: Path, fake: Tensor, data: datasets.Batches) -> None:
 
 def critic_steps(step: int, args: Args) -> int:
     """Return the number of critic updates before generator update step = 1, 2, ..."""
-    done = step - 1  # Deviation 2
+    done = step - 1  # Deviations 2 and 3
     return args.warmup_critic if done < 25 or done % 500 == 0 else args.n_critic
 
 
@@ -376,7 +378,7 @@ def train(args: Args) -> dict[str, float]:
         # Critic: several updates, each with a batch of its own.
         for _ in range(critic_steps(step, args)):
             clip_parameters(critic, args.clip)
-            real = data.batch(drawn)  # Deviation 3
+            real = data.batch(drawn)
             drawn += 1
             noise = draw_noise(len(real), args, device)
             with autocast:
@@ -387,11 +389,11 @@ def train(args: Args) -> dict[str, float]:
                 ae_loss = sum(reconstruction(decoder, x, feat) for x, feat in pairs)
             real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
             k_xx, k_xy, k_yy = kernels.gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
-            mmd = kernels.sqrt_mmd(k_xx, k_xy, k_yy)  # Deviation 4
+            mmd = kernels.sqrt_mmd(k_xx, k_xy, k_yy)
             hinge = rank_hinge(real_feat, fake_feat)
             c_loss = critic_loss(mmd, hinge, ae_loss, args.lambda_rank, args.lambda_ae)
             c_optimizer.zero_grad()
-            c_loss.backward()
+            c_loss.backward(inputs=c_parameters)
             kernels.average_gradients(critic, decoder)
             c_optimizer.step()
 
@@ -431,7 +433,7 @@ def train(args: Args) -> dict[str, float]:
             picture()
         if args.eval_every and due(args.eval_every):
             evaluate()
-        stopping = run.stop_asked(step)
+        stopping = run.stop_asked(step) and step < args.total_steps
         if due(args.save_every) or stopping:
             save()
         if stopping:
@@ -439,8 +441,7 @@ def train(args: Args) -> dict[str, float]:
 
     writer.close()
     if rank == 0:
-        results = ", results.json" if metrics else ""
-        print(f"{folder}: samples/, checkpoint.pt{results}; tensorboard --logdir {args.runs_dir}")
+        print(f"{folder} has what came out; tensorboard --logdir {args.runs_dir} shows the curves")
     return metrics
 
 

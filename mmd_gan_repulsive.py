@@ -1,4 +1,4 @@
-"""Improving MMD-GAN Training with Repulsive Loss Function (Wang, Sun & Halgamuge, ICLR 2019; [W]).
+"""Improving MMD-GAN Training with Repulsive Loss Function (Wang, Sun & Halgamuge, ICLR 2019; [P]).
 
 The critic D maps images to R^d, and every expectation is that of a kernel k on its outputs; x, x' are
 real, y, y' are fake. Both players minimise:
@@ -111,7 +111,8 @@ DEFAULTS = {
     "images": dict(
         image_size=64, total_steps=100_000, batch_size=64, width=64, feature_dim=16, latent_dim=128,
         learning_rate=2e-4, critic_learning_rate=1e-4, eval_every=12_500, eval_features="inception",
-        eval_split="train", sample_bn="running"),
+        eval_split="train", sample_bn="running",
+    ),
     "cifar10": dict(image_size=32, critic_learning_rate=5e-4),
     "stl10": dict(image_size=48, critic_learning_rate=2e-4),
     "lsun-bedroom": dict(learning_rate=1e-4, critic_learning_rate=2e-4),
@@ -275,7 +276,7 @@ def generator_loss(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor) -> Tensor:
 
 
 def losses(real_feat: Tensor, fake_feat: Tensor, args: Args) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return critic loss, generator loss and what is logged beside them, for features (n, d)."""
+    """Return critic loss, generator loss and what is logged, for features (n, d); once each: Deviation 9."""
     if args.loss == "hinge":
         return F.relu(1 - real_feat).mean() + F.relu(1 + fake_feat).mean(), -fake_feat.mean(), {}
     if args.loss == "non-saturating":
@@ -391,7 +392,7 @@ def train(args: Args) -> dict[str, float]:
         torch.manual_seed(run.mix(args.seed, 0, step, rank))  # whatever is random depends on the step alone
         real = data.batch(step - 1).requires_grad_(args.lambda_gp > 0)
         noise = draw_noise(len(real), args, device)
-        # Both players from one graph: simultaneous updates, one critic step per generator step (Deviation 9).
+        # Both players from one graph: simultaneous updates.
         with autocast:
             fake = generator(noise)
             feat = critic(torch.cat([real, fake]))  # (2B, d); one forward, so one step of power iteration
@@ -422,7 +423,7 @@ def train(args: Args) -> dict[str, float]:
             picture()
         if args.eval_every and due(args.eval_every):
             evaluate()
-        stopping = run.stop_asked(step)
+        stopping = run.stop_asked(step) and step < args.total_steps
         if due(args.save_every) or stopping:
             save()
         if stopping:
@@ -430,8 +431,7 @@ def train(args: Args) -> dict[str, float]:
 
     writer.close()
     if rank == 0:
-        results = ", results.json" if metrics else ""
-        print(f"{folder}: samples/, checkpoint.pt{results}; tensorboard --logdir {args.runs_dir}")
+        print(f"{folder} has what came out; tensorboard --logdir {args.runs_dir} shows the curves")
     return metrics
 
 

@@ -141,18 +141,22 @@ class Args:
 DEFAULTS = {
     "images": dict(
         image_size=64, total_steps=150_000, batch_size=64, width=64, latent_dim=128, learning_rate=2e-4,
-        eval_every=10_000, eval_features="inception", eval_split="train", sample_bn="batch"),
+        eval_every=10_000, eval_features="inception", eval_split="train", sample_bn="batch",
+    ),
     "cifar10": dict(image_size=32, learning_rate=1e-4, eval_split="all"),
     "stl10": dict(image_size=48),  # ours
     "celeba": dict(image_size=160, learning_rate=1e-4, eval_split="all"),
     "lsun-bedroom": dict(learning_rate=1e-4),  # [B]
     "mnist": dict(
-        image_size=28, total_steps=50_000, learning_rate=1e-4, eval_features="pixels", eval_split="all"),
-    "digits": dict(  # ours
-        image_size=8, total_steps=1000, width=16, learning_rate=1e-3, eval_every=250, eval_features="pixels"),
-    "toys": dict(  # ours
-        total_steps=5000, batch_size=256, width=128, latent_dim=2, learning_rate=2e-4,
-        eval_every=500, lambda_scale=0.1, critic_norm="none"),
+        image_size=28, total_steps=50_000, learning_rate=1e-4, eval_features="pixels", eval_split="all",
+    ),  # fashion-mnist too
+    "digits": dict(
+        image_size=8, total_steps=1000, width=16, learning_rate=1e-3, eval_every=250, eval_features="pixels",
+    ),  # ours
+    "toys": dict(
+        total_steps=5000, batch_size=256, width=128, latent_dim=2, learning_rate=2e-4, eval_every=500,
+        lambda_scale=0.1, critic_norm="none",
+    ),  # ours
 }  # fmt: skip
 CONSTRAINTS = {  # [C] of [P], and of [B] for the penalty; Deviation 13
     "scaled": dict(kernel="rbf", feature_dim=1, critic_norm="spectral"),
@@ -160,9 +164,9 @@ CONSTRAINTS = {  # [C] of [P], and of [B] for the penalty; Deviation 13
     "none": dict(kernel="rbf", feature_dim=1, critic_norm="none"),
     "swgan": dict(kernel="linear", feature_dim=1, critic_norm="spectral"),
 }
-LEAST = {"lambda_scale": 0, "lambda_gp": 0, "lambda_activation": 0, "clip_norm": 0, "warmup_critic": 1}
 ALL_IMAGES = ("mnist", "cifar10", "celeba")  # test images too: Deviation 12
 VALUE_RANGE = (0.0, 1.0)
+LEAST = {"lambda_scale": 0, "lambda_gp": 0, "lambda_activation": 0, "clip_norm": 0, "warmup_critic": 1}
 LOSSES = ("critic", "generator")
 SCRIPT = Path(__file__).stem
 
@@ -178,12 +182,12 @@ def resolve(args: Args) -> Args:
     args = run.resolve(args, values, least=LEAST)
     ok = args.constraint != "swgan" or (args.kernel, args.feature_dim) == ("linear", 1)
     run.require(ok, "--constraint", "swgan", "without --kernel and --feature-dim, which are linear and 1")
-    smooth = "another one: --scale-form poster needs a smooth kernel"
-    run.require(not poster or args.kernel != "distance", "--kernel", "distance", smooth)
+    ok = not poster or args.kernel != "distance"
+    run.require(ok, "--kernel", "distance", "another one, smooth: --scale-form is poster")
     toy, scaled = args.dataset in datasets.TOYS, args.constraint in ("scaled", "swgan")
+    toy or levels(args.image_size)
     ok = not kid or (args.eval_every and args.eval_features == "inception" and not toy)
-    needs = "constant; kid needs images, --eval-features inception and --eval-every above 0"
-    run.require(ok, "--lr-schedule", "kid", needs)
+    run.require(ok, "--lr-schedule", "kid", "constant without images, Inception or --eval-every")
     run.require(scaled or not poster, "--scale-form", "poster", "left out: this --constraint has no scale")
     ok = not args.as_coded or args.constraint == "gradient-penalty" or args.kernel == "rq-linear"
     run.require(ok, "--as-coded", "on", "left out: it is about the gradient penalty and rq-linear")
@@ -200,16 +204,16 @@ def levels(side: int) -> int:
     return n
 
 
-def initialise(m: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
     """Draw a layer's weights as [C]; called for the parts of a block first, so that the block overrules."""
-    if isinstance(m, nn.Conv2d):
-        nn.init.trunc_normal_(m.weight, std=0.02, a=-0.04, b=0.04)
-    elif isinstance(m, (nn.ConvTranspose2d, nn.Linear)):
-        nn.init.normal_(m.weight, std=0.01 if isinstance(m, nn.Linear) else 0.02)
-    for conv in (m.conv1, m.conv2, m.shortcut) if isinstance(m, ResBlock) else ():
+    if isinstance(module, nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
+    elif isinstance(module, (nn.ConvTranspose2d, nn.Linear)):
+        nn.init.normal_(module.weight, std=0.01 if isinstance(module, nn.Linear) else 0.02)
+    for conv in (module.conv1, module.conv2, module.shortcut) if isinstance(module, ResBlock) else ():
         nn.init.xavier_uniform_(conv.weight)
-    if getattr(m, "bias", None) is not None:
-        nn.init.zeros_(m.bias)
+    if getattr(module, "bias", None) is not None:
+        nn.init.zeros_(module.bias)
 
 
 class ResBlock(nn.Module):
@@ -275,7 +279,7 @@ class Critic(nn.Module):
         else:  # SNDCGAN's below 64 pixels, ResNet-10 to 127, DCGAN of 5 layers from 128
             n, side = levels(shape[1]), shape[1]
             widths = [width * 2**i for i in range(n if side < 128 else n - 1)]
-            kernel = (3, 1, 1) if side < 128 else (5, 2, 2)
+            kernel = (3, 1, 1) if side < 128 else (5, 2, 2)  # Deviation 8
             convs = [nn.Conv2d(shape[0], width, *kernel)]
             for c in widths if side < 64 else ():
                 convs += [nn.Conv2d(c, 2 * c, 4, 2, 1), nn.Conv2d(2 * c, 2 * c, 3, 1, 1)]
@@ -343,7 +347,8 @@ def scale(feat: Tensor, real: Tensor, args: Args, create_graph: bool) -> Tensor 
     else:
         linear = args.kernel in ("linear", "rq-linear")  # has the term <a, b>
         ones = len(args.bandwidths) * (args.kernel != "linear")  # kappa(0), summed
-        slope = sum(s**-2 for s in args.bandwidths) if args.kernel == "rbf" else ones  # -2 kappa'(0), summed
+        slopes = {"rbf": sum(s**-2 for s in args.bandwidths), "rq": ones, "rq-linear": ones, "linear": 0}
+        slope = slopes[args.kernel]  # -2 kappa'(0), summed
         s2 = 1 / (args.lambda_scale + ones + linear * feat2 + (slope + linear) * norm2)
     return s2.sqrt() if args.constraint == "swgan" else s2
 
@@ -569,7 +574,7 @@ def train(args: Args) -> dict[str, float]:
                 factor = schedule.step(evaluator.kernel_sums())
                 for group in g_optimizer.param_groups + c_optimizer.param_groups:
                     group["lr"] = max(1e-6, factor * group["lr"])
-        stopping = run.stop_asked(step)
+        stopping = run.stop_asked(step) and step < args.total_steps
         if due(args.save_every) or stopping:
             save()
         if stopping:
@@ -577,8 +582,7 @@ def train(args: Args) -> dict[str, float]:
 
     writer.close()
     if rank == 0:
-        results = ", results.json" if metrics else ""
-        print(f"{folder}: samples/, checkpoint.pt{results}; tensorboard --logdir {args.runs_dir}")
+        print(f"{folder} has what came out; tensorboard --logdir {args.runs_dir} shows the curves")
     return metrics
 
 

@@ -395,7 +395,7 @@ def crop(name: str, size: int, number: int, item: str | np.ndarray | tuple) -> n
         with image:
             image = image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise what they like
-        raise BadInput(f"--dataset {name}: {what} cannot be read ({error})") from error
+        raise BadInput(f"--dataset {name}: {what} cannot be read, remove or repair it ({error})") from error
     if name == "celeba" and size == 160:
         left, top, mirrored = np.random.default_rng(number).integers((19, 19, 2))
         image = center_crop(image, 178).crop((left, top, left + 160, top + 160))
@@ -450,5 +450,8 @@ def write_array(path: Path, shape: tuple[int, ...], items: Iterable, convert: Ca
                     os.fsync(file.fileno())
                     bar.update(len(chunk))
             os.replace(partial, path)
+    except BadInput:  # what mends it changes the name of the file
+        partial.unlink(missing_ok=True)
+        raise
     except OSError as error:
         raise BadInput(f"--data-dir: {path} cannot be written ({error})") from error

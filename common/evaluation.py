@@ -61,6 +61,7 @@ class Evaluator:
         require(not (args.ms_ssim and toy), "--ms-ssim", "on", "off for a data set of points")
         ok = not args.ms_ssim or importlib.util.find_spec("torchmetrics")
         require(ok, "--ms-ssim", "on", "off where torchmetrics is missing (pip install torchmetrics)")
+        require(toy or args.eval_samples >= 10, "--eval-samples", args.eval_samples, "at least 10")
         if args.eval_features == "inception" and not toy:
             self.extractor, self.weights = load_inception(args.inception_weights, self.device)
 
@@ -79,7 +80,7 @@ class Evaluator:
         if args.eval_split != data.split:
             images = datasets.load_images(data.name, args.data_dir, data.shape[-1], args.eval_split)
         self.count = n = min(args.eval_samples, len(images))
-        require(n >= 10, "--eval-samples", n, "at least 10")
+        require(n >= 10, f"the number of images of {data.name}", n, "at least 10")
         kid = "unbiased, cubic kernel, mean of 100 subsets of min(1000, n / 2); kid_se: jackknife"
         self.protocol = {"samples": n, "reference": f"{n} of {args.eval_split}", "kid": kid}
         if args.eval_features == "pixels":
@@ -451,10 +452,11 @@ class Args:
 
 def read_images(what: str, source: str, args: Args) -> Tensor:
     """Return the images of REAL or FAKE (what), uint8 (N, c, h, w)."""
-    path, (name, _, split) = Path(source), source.partition(":")
+    path, (name, _, split) = Path(source.removeprefix("folder:")), source.partition(":")
     try:
         if path.is_dir():
-            files = (f for f in path.rglob("*") if f.suffix.lower() in datasets.IMAGE_FILES)
+            files = [f for f in path.rglob("*") if f.suffix.lower() in datasets.IMAGE_FILES]
+            require(len(files) > 0, "it", "a folder without images", "one with some")
             sides = {args.image_size} if args.image_size else {n for f in files for n in Image.open(f).size}
             expected = "one side (square images), or be resized with --image-size"
             require(len(sides) == 1, "the set of its images' sides", sides, expected)
@@ -480,6 +482,8 @@ def read_images(what: str, source: str, args: Args) -> Tensor:
 
 def main(args: Args) -> dict[str, float]:
     """Compare, print a table, write --json; return the metrics."""
+    side = args.image_size
+    require(side is None or 1 <= side <= 2**14, "--image-size", side, f"between 1 and {2**14}")
     file = args.json and Path(args.json)
     ok = not file or (os.access(file.parent, os.W_OK) and not file.is_dir())
     require(ok, "--json", args.json, "a file in a folder that can be written to")
@@ -491,7 +495,7 @@ def main(args: Args) -> dict[str, float]:
     ok = real.shape[1:] == fake.shape[1:]
     require(ok, "FAKE", sizes, f"{expected} as REAL; --image-size resizes folders and data sets")
     count = min(args.eval_samples, len(fake))
-    require(count >= 10, "--eval-samples", count, "at least 10, of FAKE too")
+    require(count >= 10, "the number of images of FAKE", count, "at least 10 (of a run: its samples.npz)")
     data = SimpleNamespace(name="REAL", images=real, shape=real.shape[1:], value_range=(0, 255), split="REAL")
     evaluator.set_reference(data)
     evaluator.count = count  # of FAKE may differ from that of REAL

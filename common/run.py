@@ -97,7 +97,7 @@ def cli(args_class: type, argv: list[str] | None = None, **default):
             print(group(said.getvalue(), [field.name for field in dataclasses.fields(args_class)]), end="")
             raise
         # tyro draws a box with a title: what follows it, on one line.
-        said = re.sub("╭.*|[^ -~]|-{4,}", " ", text.getvalue())
+        said = re.sub("[^ -~]|-{4,}", " ", text.getvalue().partition("\n")[2])
         said = re.split("Got errors|Argument helptext|For full helptext", said)[0]
         raise BadInput(f"{said} (see --help)") from error
 
@@ -126,6 +126,9 @@ def resolve(args, *tables: dict, least: dict[str, float] | None = None):
     for name, bound in (bounds | (least or {})).items():
         value = getattr(args, name, None)
         require(value is None or value >= bound, f"--{name.replace('_', '-')}", value, f"at least {bound}")
+    for name in ("width", "feature_dim", "latent_dim", "image_size"):
+        value = getattr(args, name, None)
+        require(value is None or value <= 2**14, f"--{name.replace('_', '-')}", value, f"at most {2**14}")
     require(args.seed < 2**63, "--seed", args.seed, "below 2^63")
     for name, value in vars(args).items():
         finite = not isinstance(value, float) or math.isfinite(value)
@@ -133,8 +136,8 @@ def resolve(args, *tables: dict, least: dict[str, float] | None = None):
     for name in ("learning_rate", "critic_learning_rate", "bandwidths", "sn_gain"):
         value = getattr(args, name, None)
         numbers = value if isinstance(value, tuple) else (1.0 if value is None else value,)
-        positive = len(numbers) > 0 and all(0 < v < math.inf for v in numbers)
-        require(positive, f"--{name.replace('_', '-')}", value, "positive")
+        usable = len(numbers) > 0 and all(1e-15 <= v <= 1e15 for v in numbers)  # their squares are floats too
+        require(usable, f"--{name.replace('_', '-')}", value, "between 1e-15 and 1e15")
     for name in ("beta1", "beta2", "momentum"):
         value = getattr(args, name, 0.0)
         require(0 <= value < 1, f"--{name}", value, "in [0, 1)")
@@ -377,7 +380,16 @@ def load_checkpoint(args, script: str, models: dict) -> int:
         if key not in may_change and value != saved.get(key)
     ]
     require(not changed, "--resume", args.resume, f"without a change of {', '.join(changed)}")
-    for name, model in models.items():
-        model.load_state_dict(state[name])
+    if not args.eval_only:
+        require(
+            args.total_steps >= state["step"], "--total-steps", args.total_steps, f"{state['step']} or more"
+        )
+    try:
+        for name, model in models.items():
+            model.load_state_dict(state[name])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise BadInput(
+            f"--resume: {path} does not fit the networks of {script}.py ({error!s:.90})"
+        ) from error
     check_replicas(models, state["step"])
     return state["step"]

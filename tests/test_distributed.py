@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from common import datasets, kernels, run
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ["gmmn", "gamn", "mmd_gan", "mmd_gan_repulsive", "smmd_gan", "gram_net"]
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
 
 def spawn(function, world, folder):

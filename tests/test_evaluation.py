@@ -8,6 +8,8 @@ import os
 import runpy
 import socket
 import sys
+from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
 
@@ -17,12 +19,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import gamn
-import gmmn
-import gram_net
-import mmd_gan
 import mmd_gan_repulsive
-import smmd_gan
 from common import datasets, evaluation, run
 from common.evaluation import Evaluator, KidSchedule, common_mmd2, kernel_distance, toy_metrics
 from common.run import BadInput
@@ -778,7 +775,8 @@ def test_weights_are_missed_before_images_are_read(tmp_path, monkeypatch):
     """Converting LSUN takes an hour."""
     monkeypatch.setattr(datasets, "load", lambda *args: pytest.fail("images were read first"))
     options = ["--eval-features", "inception", "--inception-weights", str(tmp_path / "none.pth")]
-    for module in (gmmn, gamn, mmd_gan, smmd_gan, mmd_gan_repulsive, gram_net):
+    for script in Path(__file__).parent.parent.glob("*.py"):
+        module = import_module(script.stem)
         with pytest.raises(BadInput, match=r"none\.pth is missing or damaged"):
             module.train(run.parse(module.Args, options))
 
@@ -873,7 +871,8 @@ def test_a_comparison_by_the_published_inception(tiny, tmp_path, capsys):
         (["digits", "nan.npy"], "[-1, 1]"),
         (["digits", "whole.npy"], "[-1, 1]"),
         (["digits", "large.npy"], "FAKE is 9 x 9"),
-        (["digits", "few.npy"], "--eval-samples is 5"),
+        (["digits", "few.npy"], "the number of images of FAKE is 5"),
+        (["digits", "bare"], "a folder without images"),
         (["digits", "digits", "--eval-samples", "9"], "--eval-samples is 9"),
         (["digits", "digits", "--json", "nowhere/file.json"], "--json is nowhere/file.json"),
         (["digits", "digits", "--device", "nonsense"], "--device nonsense"),
@@ -883,7 +882,7 @@ def test_a_comparison_by_the_published_inception(tiny, tmp_path, capsys):
 )
 def test_what_cannot_be_compared_is_one_line(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("empty", "mixed", "broken"):
+    for name in ("empty", "bare", "mixed", "broken"):
         (tmp_path / name).mkdir()
     for side in (8, 9):
         Image.new("L", (side, side)).save(tmp_path / "mixed" / f"{side}.png")

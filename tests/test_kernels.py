@@ -149,7 +149,12 @@ def test_gram_blocks_against_double_loops(name):
     np.testing.assert_allclose(k_yy.numpy(), gram_by_loop(name, y, y), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["rbf", "rq", "laplacian", "distance"])
+def test_every_kernel_is_defined_here_too():
+    message = "add a row to KERNELS, and the definition to kernel_of_two_points"
+    assert set(kernels.RADIAL) | {"linear"} == set(KERNELS), message
+
+
+@pytest.mark.parametrize("name", sorted(set(kernels.RADIAL) - {"rq-linear"}))
 def test_radial_kernels_of_given_distances(name):
     """At distance 0, 1, 2 and far away, one pair at a time."""
     distances = [0.0, 1.0, 2.0, 30.0]
@@ -188,7 +193,14 @@ def test_gradients_are_finite_for_identical_points(name):
     assert y.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["rbf", "rq", "laplacian", "distance"])
+@pytest.mark.parametrize("name", sorted(kernels.RADIAL))
+def test_the_derivative_at_distance_0_is_finite(name):
+    d2 = torch.zeros(3, requires_grad=True)
+    kernels.RADIAL[name](d2, KERNELS[name]).sum().backward()
+    assert d2.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", sorted(set(kernels.RADIAL) - {"rq-linear"}))
 def test_coinciding_points_do_not_push_each_other(name):
     """By symmetry the gradient at distance 0 is 0 (for the kinks: taken as 0)."""
     x = randn(20, 3, seed=1, dtype=torch.float32).requires_grad_()

@@ -17,7 +17,8 @@ QUICK = [(s, o) for s, o in COMMANDS if not re.search("resume|folder:|cifar10|mn
 
 
 def test_readme_names_every_script():
-    assert set(re.findall(r"`(\w+)\.py` \|", README)) == {path.stem for path in ROOT.glob("*.py")}
+    rows, scripts = set(re.findall(r"`(\w+)\.py` \|", README)), {path.stem for path in ROOT.glob("*.py")}
+    assert rows == scripts, f"the README's first table needs a row for {scripts - rows}"
     assert len(COMMANDS) >= 13
     assert len(QUICK) >= 4
 
