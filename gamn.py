@@ -37,7 +37,7 @@ Deviations from the paper [P], which has no code; [W] is that of Gulrajani et al
 
 Usage:
     python gamn.py
-    python gamn.py --dataset 25gaussians --ema-decay 0.995
+    python gamn.py --dataset 25gaussians --lambda-reg 10 --ema-decay 0.995 --total-steps 8000
     python gamn.py --regularizer l1 --feature-dim 2
     python gamn.py --dataset cifar10 --feature-dim 3
 """
