@@ -96,9 +96,7 @@ class Args:
 
     # --- method ---
     kernel: Literal["rbf", "laplacian", "rq"] = "rbf"  # of the mapper's features; the paper's is rbf
-    bandwidths: tuple[float, ...] | None = (
-        None  # sigma (None: 1 2 4 8 16; toys .05 to 1), or alpha; not in the paper
-    )
+    bandwidths: tuple[float, ...] | None = None  # (None: 1 2 4 8 16; toys .05 to 1); not given in the paper
     regularizer: Literal["gp", "l1", "l2", "weight-decay"] = "gp"  # Reg in the mapper's loss
     lambda_reg: float | None = None  # of Reg (None: gp 10, on toys 1; others 1e-3); not given in the paper
     gp_target: float = 1.0  # norm of the gradient that gp asks for
@@ -232,7 +230,7 @@ class Critic(nn.Module):
 def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, target: float) -> Tensor:
     """Return E (|| grad_t sum_i F_i(t) || - target)^2 of Eq. (7), t uniform between x and y (B, *shape)."""
     u = torch.rand(len(real), *[1] * (real.ndim - 1), device=real.device)
-    mid = real.lerp(fake, u).requires_grad_()
+    mid = (real + u * (fake - real)).requires_grad_()
     (gradient,) = torch.autograd.grad(critic(mid).sum(), mid, create_graph=True)  # of each sample
     return (kernels.gather(gradient.flatten(1).norm(dim=1)) - target).square().mean()
 
