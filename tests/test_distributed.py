@@ -328,7 +328,7 @@ def test_torchrun_resumes_bit_for_bit(script, tmp_path):
     together = [torchrun(ROOT / f"{script}.py", *a, "--total-steps", "4")]
     together += [torchrun(ROOT / f"{script}.py", *b, "--total-steps", "2")]
     for process in together:
-        assert process.communicate()[0].count("samples/, checkpoint.pt") == 1
+        assert process.communicate()[0].count("has what came out") == 1
         assert process.returncode == 0
     (whole,), (part,) = (tmp_path / "a").iterdir(), (tmp_path / "b").iterdir()
     process = torchrun(ROOT / f"{script}.py", "--resume", part, "--total-steps", "4")

@@ -948,7 +948,7 @@ def test_two_processes_find_what_one_does(tmp_path):
         for name, value in a[1].items():
             assert torch.equal(value, b[1][name])
             assert torch.equal(value, c[1][name])
-    assert len([*(tmp_path / "data-2" / "evaluation").iterdir()]) == 1
+    assert len([*(tmp_path / "data-2" / "evaluation").glob("*.npz")]) == 1
 
 
 # --- Inception -----------------------------------------------------------------------------------
