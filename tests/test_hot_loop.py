@@ -100,7 +100,7 @@ def networks(script, dataset):
     return module, args, shape, generator, critic
 
 
-@pytest.mark.parametrize("dataset", ["digits", "8gaussians"])
+@pytest.mark.parametrize("dataset", ["digits", pytest.param("8gaussians", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("script", sorted({case.split()[0] for case in CASES}))
 def test_networks_compile_without_a_break(script, dataset):
     """Forward and backward in one graph, and the same numbers; autograd's eager backend, so no compiler."""

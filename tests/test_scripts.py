@@ -250,7 +250,7 @@ def child(script, options):
     module.train(run.parse(module.Args, options))
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_any_moment(kills, tmp_path):
     """SIGKILL at random points of a real process, also within a save: nothing is lost, nothing differs."""
     quiet = ["--save-every", "1", "--eval-every", "0", "--sample-every", "40"]
@@ -602,6 +602,7 @@ def test_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert (folder / "checkpoint.pt").read_bytes() == good
 
 
+@pytest.mark.slow
 def test_command_line_in_a_process_of_its_own(tmp_path):
     command = [
         sys.executable,

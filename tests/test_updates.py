@@ -300,7 +300,7 @@ METHOD = {
 }
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("layout", ["contiguous", pytest.param("channels last", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
 def test_updates_by_hand(name, options, layout, tmp_path, monkeypatch):
     script = import_module(name)
