@@ -365,16 +365,16 @@ class KidSchedule:
 
     The first 10 evaluations are remembered, each further one is tested against the oldest: if better (p at
     most 0.1) it takes the oldest's place. The third in a row that is not lowers the rate, and of the memory
-    only the last two and itself are left.
+    only the last two and itself are left. floor: of the test's variance, in that code 1e-5.
     """
 
-    def __init__(self, factor: float) -> None:
-        self.factor, self.memory, self.failures = factor, [], 0
+    def __init__(self, factor: float, floor: float = 1e-5) -> None:
+        self.factor, self.floor, self.memory, self.failures = factor, floor, [], 0
 
     def step(self, sums: dict[str, Tensor]) -> float:
         """Return what to multiply the learning rate by after an evaluation, given its kernel_sums."""
         if len(self.memory) == 10:
-            if three_sample_test(sums, self.memory[0])[1] > 0.1:
+            if three_sample_test(sums, self.memory[0], self.floor)[1] > 0.1:
                 self.failures += 1
                 if self.failures < 3:
                     return 1.0

@@ -576,7 +576,7 @@ def test_defaults_by_constraint(tmp_path):
 def test_rate_falls_where_kid_stops_improving(tmp_path, monkeypatch):
     """After 10 evaluations without a test, 3 failures of it: 0.8 on both players, kept by a checkpoint."""
     tests = []
-    monkeypatch.setattr(evaluation, "three_sample_test", lambda new, old: (tests.append(1), (0.0, 0.5))[1])
+    monkeypatch.setattr(evaluation, "three_sample_test", lambda *_: (tests.append(1), (0.0, 0.5))[1])
     features = lambda images: (images.flatten(1).float() / 255, images.flatten(1)[:, :9].float() / 255)  # noqa: E731
     monkeypatch.setattr(evaluation, "load_inception", lambda path, device: (features, "00000000"))
     options = ["--lr-schedule", "kid", "--n-critic", "1", "--warmup-critic", "1"]
@@ -595,6 +595,15 @@ def test_rate_falls_where_kid_stops_improving(tmp_path, monkeypatch):
     assert len(state["lr_schedule"]["memory"]) == 3
 
 
+def test_rate_on_pixels_is_decided_by_the_noise(tmp_path, monkeypatch):
+    """The authors' floor of the variance would hide what the KID of pixels says."""
+    floors = []
+    monkeypatch.setattr(evaluation, "three_sample_test", lambda *a: (floors.append(a[2]), (0.0, 0.0))[1])
+    options = ["--lr-schedule", "kid", "--n-critic", "1", "--warmup-critic", "1", "--total-steps", "11"]
+    smoke(tmp_path, *options, "--eval-every", "1")
+    assert floors == [1e-12]
+
+
 @pytest.mark.parametrize(
     ("options", "flag"),
     [
@@ -605,7 +614,7 @@ def test_rate_falls_where_kid_stops_improving(tmp_path, monkeypatch):
         ("--lambda-gp -1", "--lambda-gp"),
         ("--clip-norm -1", "--clip-norm"),
         ("--bandwidths 0", "--bandwidths"),
-        ("--lr-schedule kid", "--lr-schedule"),
+        ("--lr-schedule kid --eval-every 0", "--lr-schedule"),
         ("--as-coded", "--as-coded"),
         ("--scale-form poster --constraint none", "--scale-form"),
     ],
