@@ -144,7 +144,8 @@ def resolve(args: Args) -> Args:
     bandwidths = (0.05, 0.1, 0.2, 0.5, 1.0) if toy else (1.0, 2.0, 4.0, 8.0, 16.0)
     bandwidths = (0.2, 0.5, 1.0, 2.0, 5.0) if args.kernel == "rq" else bandwidths  # Deviation 7
     args = run.resolve(args, *defaults, method, {"bandwidths": bandwidths}, least=LEAST)
-    toy or sides(args.image_size)
+    if not toy:
+        sides(args.image_size)  # which refuses a size that fits no network
     return args
 
 
@@ -359,7 +360,6 @@ def train(args: Args) -> dict[str, float]:
     c_loss = torch.zeros((), device=device)  # until the mapper's next round
     begin, begin_step = time.time(), step
     steps = range(step + 1, args.total_steps + 1)
-
     for step in tqdm(steps, initial=step, total=args.total_steps, disable=None if rank == 0 else True):
         torch.manual_seed(run.mix(args.seed, 0, step, rank))  # whatever is random depends on the step alone
         # Critic: several updates, each with a batch of its own.

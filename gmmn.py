@@ -120,6 +120,7 @@ DEFAULTS = {
 }  # fmt: skip
 AE_BATCH = 100  # real images per update of the auto-encoder
 VALUE_RANGE = (0.0, 1.0)
+LEAST = {"width": 16, "ae_steps": 1, "drop_step": 0}  # bounds of the above
 LOSSES = ("generator", "autoencoder")
 SCRIPT = Path(__file__).stem
 
@@ -131,7 +132,7 @@ def resolve(args: Args) -> Args:
     code = {"bandwidths": (1.0,)} if args.autoencoder and args.kernel == "rbf" else {}  # [C]: one kernel
     toy = args.dataset in datasets.TOYS
     run.require(not (args.autoencoder and toy), "--autoencoder", "on", "left out for a data set of points")
-    return run.resolve(args, *defaults, rq, code, least={"width": 16, "ae_steps": 1, "drop_step": 0})
+    return run.resolve(args, *defaults, rq, code, least=LEAST)
 
 
 # --- networks --------------------------------------------------------------------------------------
@@ -358,7 +359,6 @@ def train(args: Args) -> dict[str, float]:
 
     begin, begin_step = time.time(), step
     steps = range(step + 1, args.total_steps + 1)
-
     for step in tqdm(steps, initial=step, total=args.total_steps, disable=None if rank == 0 else True):
         torch.manual_seed(run.mix(args.seed, 0, step, rank))  # whatever is random depends on the step alone
         real = data.batch(step - 1)

@@ -145,7 +145,8 @@ def resolve(args: Args) -> Args:
     ok = not args.as_coded or args.positivity == "sum"
     run.require(ok, "--positivity", "clip", "left out: --as-coded has no such term")
     args = run.resolve(args, *defaults, least=LEAST)
-    args.dataset in datasets.TOYS or levels(args.image_size)
+    if args.dataset not in datasets.TOYS:
+        levels(args.image_size)  # which refuses a size that fits no network
     return args
 
 
@@ -390,7 +391,6 @@ def train(args: Args) -> dict[str, float]:
         save()  # from here on there is always something to resume from
     begin, begin_step = time.time(), step
     steps = range(step + 1, args.total_steps + 1)
-
     for step in tqdm(steps, initial=step, total=args.total_steps, disable=None if rank == 0 else True):
         torch.manual_seed(run.mix(args.seed, 0, step, rank))  # whatever is random depends on the step alone
         real = data.batch(step - 1)

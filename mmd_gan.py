@@ -156,7 +156,8 @@ def resolve(args: Args) -> Args:
     run.require(not (gram and toy), "--architecture", args.architecture, "li for a data set of points")
     run.require(gram or not args.weak_critic, "--weak-critic", "on", "given with --architecture gram")
     args = run.resolve(args, *defaults, method, {"bandwidths": bandwidths}, least=LEAST)
-    toy or levels(args.image_size)
+    if not toy:
+        levels(args.image_size)  # which refuses a size that fits no network
     return args
 
 
@@ -372,7 +373,6 @@ def train(args: Args) -> dict[str, float]:
     drawn = sum(critic_steps(i, args) + 1 for i in range(1, step + 1))  # batches
     begin, begin_step = time.time(), step
     steps = range(step + 1, args.total_steps + 1)
-
     for step in tqdm(steps, initial=step, total=args.total_steps, disable=None if rank == 0 else True):
         torch.manual_seed(run.mix(args.seed, 0, step, rank))  # whatever is random depends on the step alone
         # Critic: several updates, each with a batch of its own.

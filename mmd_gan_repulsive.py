@@ -121,6 +121,7 @@ DEFAULTS = {
     "toys": dict(total_steps=10_000, batch_size=256, width=512, latent_dim=2, eval_every=1000),  # ours
 }  # fmt: skip
 VALUE_RANGE = (-1.0, 1.0)
+LEAST = {"lambda_gp": 0}  # bounds of the above
 LOSSES = ("critic", "generator")
 SCRIPT = Path(__file__).stem
 
@@ -132,7 +133,7 @@ def resolve(args: Args) -> Args:
     dim = {} if args.loss == "mmd" else {"feature_dim": 1}
     ok = args.loss == "mmd" or (args.feature_dim in (None, 1) and args.lambda_gp == 0)
     run.require(ok, "--loss", args.loss, "mmd where --feature-dim or --lambda-gp is given")
-    args = run.resolve(args, *defaults, dim, {"bandwidths": bandwidths}, least={"lambda_gp": 0})
+    args = run.resolve(args, *defaults, dim, {"bandwidths": bandwidths}, least=LEAST)
     depth = 4 if args.dataset in datasets.TOYS else 2 * levels(args.image_size) + 2  # K
     return run.resolve(args, {"sn_gain": 64 ** (1 / depth)})  # Deviation 1
 
@@ -387,7 +388,6 @@ def train(args: Args) -> dict[str, float]:
         save()  # from here on there is always something to resume from
     begin, begin_step = time.time(), step
     steps = range(step + 1, args.total_steps + 1)
-
     for step in tqdm(steps, initial=step, total=args.total_steps, disable=None if rank == 0 else True):
         torch.manual_seed(run.mix(args.seed, 0, step, rank))  # whatever is random depends on the step alone
         real = data.batch(step - 1).requires_grad_(args.lambda_gp > 0)

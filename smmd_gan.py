@@ -185,7 +185,8 @@ def resolve(args: Args) -> Args:
     ok = not poster or args.kernel != "distance"
     run.require(ok, "--kernel", "distance", "another one, smooth: --scale-form is poster")
     toy, scaled = args.dataset in datasets.TOYS, args.constraint in ("scaled", "swgan")
-    toy or levels(args.image_size)
+    if not toy:
+        levels(args.image_size)  # which refuses a size that fits no network
     run.require(not kid or (args.eval_every and not toy), "--lr-schedule", "kid", "constant here: no KID")
     run.require(scaled or not poster, "--scale-form", "poster", "left out: this --constraint has no scale")
     ok = not args.as_coded or args.constraint == "gradient-penalty" or args.kernel == "rq-linear"
@@ -502,7 +503,6 @@ def train(args: Args) -> dict[str, float]:
     drawn = sum(critic_steps(i, args) + 1 for i in range(1, step + 1))  # batches
     begin, begin_step = time.time(), step
     steps = range(step + 1, args.total_steps + 1)
-
     for step in tqdm(steps, initial=step, total=args.total_steps, disable=None if rank == 0 else True):
         torch.manual_seed(run.mix(args.seed, 0, step, rank))  # whatever is random depends on the step alone
         # Critic: several updates, each with a batch of its own.
@@ -517,7 +517,7 @@ def train(args: Args) -> dict[str, float]:
                 real_feat, fake_feat = real_out[-1], fake_out[-1]
                 if penalised:
                     u = torch.rand(len(real), *[1] * len(data.shape), device=device)
-                    mid = real.lerp(fake.float(), u)
+                    mid = real + u * (fake.float() - real)
                     mid_feat = critic(mid)[-1].float()
             sigma = scale(real_feat.float(), real, args, create_graph=True)
             real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
