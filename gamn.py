@@ -86,6 +86,7 @@ class Args:
     eval_samples: int = 50_000  # images per evaluation, at most those of the reference; toys take 2000
     eval_features: Literal["pixels", "inception"] | None = None  # inception: FID, IS, KID, precision, recall
     eval_split: Literal["train", "test", "all"] | None = None  # the reference images
+    eval_metrics: Literal["all", "fid"] = "all"  # fid: the Frechet distance alone, in bounded memory
     inception_weights: str | None = None  # file of torch-fidelity's weights (None: torch.hub's copy)
     ms_ssim: bool = False  # evaluate MS-SSIM of pairs of samples too (pip install torchmetrics)
     sample_bn: Literal["running", "batch"] | None = None  # batch norm's statistics when sampling

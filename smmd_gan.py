@@ -105,6 +105,7 @@ class Args:
     eval_samples: int = 50_000  # images per evaluation, at most those of the reference; toys take 2000
     eval_features: Literal["pixels", "inception"] | None = None  # inception: FID, IS, KID, precision, recall
     eval_split: Literal["train", "test", "all"] | None = None  # the reference images
+    eval_metrics: Literal["all", "fid"] = "all"  # fid: the Frechet distance alone, in bounded memory
     inception_weights: str | None = None  # file of torch-fidelity's weights (None: torch.hub's copy)
     ms_ssim: bool = False  # evaluate MS-SSIM of pairs of samples too (pip install torchmetrics)
     sample_bn: Literal["running", "batch"] | None = None  # batch norm's statistics when sampling
@@ -188,6 +189,8 @@ def resolve(args: Args) -> Args:
     if not toy:
         levels(args.image_size)  # which refuses a size that fits no network
     run.require(not kid or (args.eval_every and not toy), "--lr-schedule", "kid", "constant here: no KID")
+    ok = not kid or args.eval_metrics == "all"
+    run.require(ok, "--eval-metrics", "fid", "all: --lr-schedule is kid")
     run.require(scaled or not poster, "--scale-form", "poster", "left out: this --constraint has no scale")
     ok = not args.as_coded or args.constraint == "gradient-penalty" or args.kernel == "rq-linear"
     run.require(ok, "--as-coded", "on", "left out: it is about the gradient penalty and rq-linear")

@@ -59,11 +59,15 @@ class Evaluator:
         self.device, self.rank, self.world_size = run.start(args.device)  # that of the run, if it has begun
         toy = args.dataset in datasets.TOYS
         require(not (args.ms_ssim and toy), "--ms-ssim", "on", "off for a data set of points")
+        require(not (args.eval_metrics == "fid" and toy), "--eval-metrics", "fid", "all: points have no FID")
         ok = not args.ms_ssim or importlib.util.find_spec("torchmetrics")
         require(ok, "--ms-ssim", "on", "off where torchmetrics is missing (pip install torchmetrics)")
         require(toy or args.eval_samples >= 10, "--eval-samples", args.eval_samples, "at least 10")
         if args.eval_features == "inception" and not toy:
             self.extractor, self.weights = load_inception(args.inception_weights, self.device)
+        self.only_fid, extractor = args.eval_metrics == "fid", self.extractor
+        if self.only_fid:
+            self.extractor = lambda images: extractor(images)[:1]  # without logits
 
     def set_reference(self, data: datasets.Batches) -> None:
         """Take the images of data, or of another split if args say so, for the real ones.
@@ -81,14 +85,15 @@ class Evaluator:
             images = datasets.load_images(data.name, args.data_dir, data.shape[-1], args.eval_split)
         self.count = n = min(args.eval_samples, len(images))
         require(n >= 10, f"the number of images of {data.name}", n, "at least 10")
-        kid = "unbiased, cubic kernel, mean of 100 subsets of min(1000, n / 2); kid_se: jackknife"
-        self.protocol = {"samples": n, "reference": f"{n} of {args.eval_split}", "kid": kid}
-        if args.eval_features == "pixels":
-            features = "pixels in [0, 1], larger images averaged down to 32 x 32"
-            self.protocol |= {"features": features, "mmd": "rbf, unbiased"}
-        else:
+        features = "pixels in [0, 1], larger images averaged down to 32 x 32"
+        others = {"mmd": "rbf, unbiased"}
+        if self.weights:
             features = f"torch-fidelity inception-v3-compat, 2048, float32, weights {self.weights}"
-            self.protocol |= {"features": features, "is": "10 splits", "precision, recall": "k = 3"}
+            others = {"is": "10 splits", "precision, recall": "k = 3"}
+        self.protocol = {"samples": n, "reference": f"{n} of {args.eval_split}", "features": features}
+        if not self.only_fid:
+            kid = "unbiased, cubic kernel, mean of 100 subsets of min(1000, n / 2); kid_se: jackknife"
+            self.protocol |= {"kid": kid} | others
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(images.device)
         chunks, path = order[:n].split(CHUNK), None
         if self.weights and self.rank == 0:  # a hash of all that the statistics depend on, images included
@@ -99,24 +104,25 @@ class Evaluator:
             path = Path(args.data_dir, "evaluation", name)
         self.reference = read_reference(path) if path else None  # used by the first process alone
         if not from_first(lambda: self.reference is not None):
-            features = self.features(lambda i: images[chunks[i]], self.extractor)[0]
+            statistics, kept = self.look_at(lambda i: images[chunks[i]], self.extractor)
             if self.rank == 0:
-                self.reference = {"features": features} | statistics(features)
+                self.reference = statistics.result() | ({} if self.only_fid else {"features": kept[0]})
             if path:
                 write_reference(path, self.reference)
         if args.ms_ssim:
             self.protocol |= {"ms_ssim": "pairs of samples, 256 x 256, 5 scales"}
 
     @torch.no_grad()
-    def features(self, chunk: Callable[[int], Tensor], *extractors: Callable) -> list[Tensor]:
-        """Return what extractors make of images, each (count, d) float32 on the CPU.
+    def look_at(self, chunk: Callable, *extractors: Callable) -> tuple["Statistics", list[Tensor]]:
+        """Return, to the first process, what extractors make of images: the statistics of their features, and
+        all their outputs, each (count, d) float32 on the CPU; of features that serve FID alone none is kept.
 
         Args:
             chunk: of i, images i * CHUNK to (i + 1) * CHUNK, uint8. Process r of N is asked for every N-th
-                from the r-th on; all processes get the features of all.
-            extractors: each returns a tuple of tensors (n, d) for at most 64 images.
+                from the r-th on.
+            extractors: each returns a tuple of tensors (n, d) for at most 64 images; features come first.
         """
-        found, last = [], (self.count - 1) // CHUNK
+        statistics, kept, last = Statistics(), [], (self.count - 1) // CHUNK
         quiet = None if self.rank == 0 else True
         for start in tqdm(range(0, last + 1, self.world_size), "evaluating", leave=False, disable=quiet):
             i = min(start + self.rank, last)  # who has none left repeats the last, and it is cut off below
@@ -124,8 +130,12 @@ class Evaluator:
             outputs = ([part for e in extractors for part in e(batch)] for batch in images.split(64))
             outputs = [torch.cat(parts) for parts in zip(*outputs)]
             padded = (F.pad(output, (0, 0, 0, CHUNK - len(output))) for output in outputs)
-            found.append([kernels.gather(output).cpu() for output in padded])
-        return [torch.cat(parts)[: self.count] for parts in zip(*found)]
+            outputs = [kernels.gather(output).cpu()[: self.count - start * CHUNK] for output in padded]
+            if self.rank == 0:
+                for part in outputs[0].split(CHUNK):
+                    statistics.add(part)
+                kept.append(outputs[1:] if self.only_fid else outputs)
+        return statistics, [torch.cat(parts) for parts in zip(*kept)]
 
     def samples(self, sample: Callable[[int, int], Tensor]) -> Iterable[Tensor]:
         """Yield the samples that are evaluated, in chunks, whichever process asks.
@@ -149,31 +159,26 @@ class Evaluator:
             return toy_metrics(self.data.name, torch.cat([*self.samples(sample)]).cpu())
         extractors = (self.extractor, ms_ssim) if self.args.ms_ssim else (self.extractor,)
         value_range = self.data.value_range
-        outputs = self.features(lambda i: datasets.to_uint8(sample(CHUNK, i), value_range), *extractors)
-        more = {"ms_ssim": outputs.pop().nanmean().item()} if self.args.ms_ssim else {}
-        self.fake = outputs[0][:TEST_SAMPLES]
-        return from_first(lambda: self.compare(*outputs)) | more
+        found = self.look_at(lambda i: datasets.to_uint8(sample(CHUNK, i), value_range), *extractors)
+        return from_first(lambda: self.compare(*found))
 
-    def compare(self, fake: Tensor, logits: Tensor | None = None) -> dict[str, float]:
-        """Return the metrics of features (n, d) and, of Inception, logits (n, classes)."""
-        real = self.reference["features"]
-        frechet = frechet_distance(self.reference, statistics(fake))
-        kid, kid_se = kernel_distance(real, fake)
-        if logits is None:
-            x, y = real[:TOY_SAMPLES].double(), fake[:TOY_SAMPLES].double()
-            values = {"frechet": frechet, "kid": kid, "kid_se": kid_se, "mmd": common_mmd2(x, y, x[:1000])}
-            return {f"pixel_{name}": value for name, value in values.items()}
-        from torch_fidelity.metric_isc import isc_features_to_metric as inception_score
-        from torch_fidelity.metric_prc import calculate_precision_recall_part as precision_recall
-
-        values = {"fid": frechet, "kid": kid, "kid_se": kid_se}
-        values["is"], values["is_std"] = inception_score(logits, 10, shuffle=False).values()
-        values["is_all"], _ = inception_score(logits, 1, shuffle=False).values()
-        both = fake.to(self.device), real.to(self.device)
-        values["precision"], values["recall"] = precision_recall(*both, neighborhood=3, batch_size=1000)
-        if self.weights in INCEPTION_URL:
-            return values
-        return {f"{name.replace('fid', 'frechet')}[{self.weights}]": value for name, value in values.items()}
+    def compare(self, statistics: "Statistics", outputs: list[Tensor]) -> dict[str, float]:
+        """Return the metrics, given what look_at returned of the samples."""
+        ms_ssim = {"ms_ssim": outputs.pop().nanmean().item()} if self.args.ms_ssim else {}
+        values = {"fid": frechet_distance(self.reference, statistics.result())}
+        if not self.only_fid:
+            real, (fake, *logits) = self.reference["features"], outputs
+            self.fake = fake[:TEST_SAMPLES]
+            values["kid"], values["kid_se"] = kernel_distance(real, fake)
+            if logits:
+                values |= inception_metrics(logits[0], fake.to(self.device), real.to(self.device))
+            else:
+                x, y = real[:TOY_SAMPLES].double(), fake[:TOY_SAMPLES].double()
+                values["mmd"] = common_mmd2(x, y, x[:1000])
+        if self.weights is None or self.weights not in INCEPTION_URL:
+            before, after = ("", f"[{self.weights}]") if self.weights else ("pixel_", "")
+            values = {before + name.replace("fid", "frechet") + after: v for name, v in values.items()}
+        return values | ms_ssim
 
     def kernel_sums(self) -> dict[str, Tensor]:
         """Return what KidSchedule.step takes, of the images that metrics had last; toys have none."""
@@ -201,15 +206,27 @@ def pixels(images: Tensor) -> tuple[Tensor]:
     return (F.adaptive_avg_pool2d(images.float() / 255, sides).flatten(1),)
 
 
-def statistics(features: Tensor) -> dict[str, Tensor]:
-    """Return mean (d,) and unbiased covariance (d, d) of features (n, d), in float64."""
-    mean = sum(part.double().sum(0) for part in features.split(4096)) / len(features)
-    centred = (part.double() - mean for part in features.split(4096))
-    return {"mean": mean, "covariance": sum(part.T @ part for part in centred) / (len(features) - 1)}
+class Statistics:
+    """Running mean and covariance, in float64, of features that are not kept (Chan et al. 1979)."""
+
+    def __init__(self) -> None:
+        self.n, self.mean, self.products = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, features: Tensor) -> None:
+        """Take in features (n, d)."""
+        x = features.double()
+        mean, n = x.mean(0), self.n + len(x)
+        shift, x = mean - self.mean, x - mean
+        self.products = self.products + x.T @ x + shift.outer(shift) * (self.n * len(x) / n)
+        self.mean, self.n = self.mean + shift * (len(x) / n), n
+
+    def result(self) -> dict[str, Tensor]:
+        """Return mean (d,) and unbiased covariance (d, d)."""
+        return {"mean": self.mean, "covariance": self.products / (self.n - 1)}
 
 
 def frechet_distance(x: dict[str, Tensor], y: dict[str, Tensor]) -> float:
-    """Return the Frechet distance of two Gaussians, given as statistics gives them.
+    """Return the Frechet distance of two Gaussians, given as Statistics.result gives them.
 
     |mean_x - mean_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)). With C_x = A A^T the trace of the root is the sum
     of the roots of the eigenvalues of the symmetric A^T C_y A. A is Cholesky's factor or, where C_x is
@@ -264,6 +281,18 @@ def ms_ssim(images: Tensor) -> tuple[Tensor]:
     return (multiscale_structural_similarity_index_measure(a, a.roll(len(a) // 2, 0), **options)[:, None],)
 
 
+def inception_metrics(logits: Tensor, fake: Tensor, real: Tensor) -> dict[str, float]:
+    """Return torch-fidelity's IS of logits (n, classes), precision and recall of features (n, d), (m, d)."""
+    from torch_fidelity.metric_isc import isc_features_to_metric as inception_score
+    from torch_fidelity.metric_prc import calculate_precision_recall_part as precision_recall
+
+    values = {}
+    values["is"], values["is_std"] = inception_score(logits, 10, shuffle=False).values()
+    values["is_all"], _ = inception_score(logits, 1, shuffle=False).values()
+    values["precision"], values["recall"] = precision_recall(fake, real, neighborhood=3, batch_size=1000)
+    return values
+
+
 def load_inception(path: str | None, device: torch.device) -> tuple[Callable, str]:
     """Return torch-fidelity's Inception and the first 8 digits of the sha256 of its weights.
 
@@ -301,7 +330,7 @@ def read_reference(path: Path) -> dict[str, Tensor] | None:
     """Return what write_reference wrote, or None: nothing is there, or, with a warning, it is damaged."""
     try:
         with np.load(path, allow_pickle=False) as arrays:  # a zip file: it has checksums
-            return {name: torch.from_numpy(arrays[name]) for name in ("features", "mean", "covariance")}
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:
@@ -431,6 +460,7 @@ def toy_metrics(name: str, fake: Tensor) -> dict[str, float]:
 
 
 Features = Annotated[Literal["inception", "pixels"], tyro.conf.arg(aliases=["--features"])]
+Metrics = Annotated[Literal["all", "fid"], tyro.conf.arg(aliases=["--metrics"])]
 
 
 @dataclass
@@ -441,6 +471,7 @@ class Args:
     real: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="REAL")]  # the reference
     fake: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FAKE")]  # what is measured
     eval_features: Features = "inception"  # pixels need no weights, and give no FID
+    eval_metrics: Metrics = "all"  # fid: the Frechet distance alone, in bounded memory
     eval_samples: int = 50_000  # images of either side, at most
     image_size: int | None = None  # side to which folders and data sets are resized
     ms_ssim: bool = False  # of pairs of FAKE too; needs the extra eval

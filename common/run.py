@@ -24,7 +24,7 @@ from tqdm import tqdm
 # What a resumed run may change; anything else would make it another run.
 MAY_CHANGE = {"total_steps", "log_every", "sample_every", "eval_every", "save_every", "device", "compile"}
 MAY_CHANGE |= {"runs_dir", "data_dir", "inception_weights", "track", "resume", "eval_only"}
-MAY_CHANGE |= {"eval_samples", "eval_features", "eval_split", "ms_ssim"}
+MAY_CHANGE |= {"eval_samples", "eval_features", "eval_split", "eval_metrics", "ms_ssim"}
 BATCH_NORM = nn.modules.batchnorm._BatchNorm  # all kinds
 SIGNALS: list[int] = []  # that asked this process to stop
 
@@ -373,7 +373,8 @@ def load_checkpoint(args, script: str, models: dict) -> int:
     may_change = set(MAY_CHANGE)
     if getattr(args, "lr_schedule", "constant") == "kid" and not args.eval_only:
         # Evaluations decide the learning rate: they must stay what they were.
-        may_change -= {"eval_every", "eval_samples", "eval_features", "eval_split", "inception_weights"}
+        may_change -= {"eval_every", "eval_samples", "eval_features", "eval_split", "eval_metrics"}
+        may_change -= {"inception_weights"}
     changed = [
         f"--{key.replace('_', '-')} {value} (was {saved.get(key)})"
         for key, value in dataclasses.asdict(args).items()

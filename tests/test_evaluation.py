@@ -34,15 +34,24 @@ def randn(*shape, seed=0):
 # --- Frechet distance ----------------------------------------------------------------------------
 
 
+def statistics(*parts):
+    found = evaluation.Statistics()
+    for part in parts:
+        found.add(part)
+    return found.result()
+
+
 def frechet_distance(x, y):
-    return evaluation.frechet_distance(evaluation.statistics(x), evaluation.statistics(y))
+    return evaluation.frechet_distance(statistics(x), statistics(y))
 
 
-def test_statistics_are_those_of_numpy_whatever_the_chunks():
-    x = (1000 + randn(5000, 3, seed=1)).float()
-    found = evaluation.statistics(x)
+@pytest.mark.parametrize("sizes", [[5000], [1, 999, 4000], [256] * 19 + [136]])
+def test_statistics_are_those_of_numpy_whatever_the_parts(sizes):
+    """Means far from 0, and drifting, so that each part has one of its own."""
+    x = (1000 + randn(5000, 3, seed=1) + torch.linspace(0, 9, 5000)[:, None]).float()
+    found = statistics(*x.split(sizes))
     assert np.allclose(found["mean"], x.double().mean(0), rtol=1e-14)
-    assert np.allclose(found["covariance"], np.cov(x.double().numpy(), rowvar=False), rtol=1e-10)
+    assert np.allclose(found["covariance"], np.cov(x.double().numpy(), rowvar=False), rtol=1e-12)
 
 
 def with_statistics(n, mean, stds, seed=0):
@@ -496,7 +505,7 @@ def test_a_standard_normal_sampler_of_8gaussians_is_of_low_quality():
 def arguments(**kwargs):
     defaults = dict(dataset="digits", data_dir=".", image_size=None, batch_size=4, seed=0)
     defaults |= dict(eval_samples=5000, eval_features="pixels", eval_split="train", inception_weights=None)
-    defaults |= dict(device="cpu", ms_ssim=False)
+    defaults |= dict(device="cpu", ms_ssim=False, eval_metrics="all")
     return SimpleNamespace(**defaults | kwargs)
 
 
@@ -660,6 +669,39 @@ def test_metrics_of_inception_against_their_definitions(tiny, tmp_path):
     assert metrics["precision"] == pytest.approx(share_within(fake, real), abs=0.01)  # float32 there
     assert metrics["recall"] == pytest.approx(share_within(real, fake), abs=0.01)
     assert metrics["fid"] == pytest.approx(frechet_distance(torch.tensor(real), torch.tensor(fake)), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("features", "weights", "name"),
+    [
+        ("pixels", None, "pixel_frechet"),
+        ("inception", "6726825d", "fid"),
+        ("inception", "0123abcd", "frechet[0123abcd]"),
+    ],
+)
+def test_the_frechet_distance_alone_is_that_among_others(monkeypatch, tmp_path, features, weights, name):
+    monkeypatch.setattr(evaluation, "load_inception", lambda path, device: (first_pixels, weights))
+    found = {}
+    for metrics in ("all", "fid"):
+        options = dict(eval_features=features, eval_samples=20, ms_ssim=True, data_dir=tmp_path)
+        evaluator, data = digits(eval_metrics=metrics, **options)
+        found[metrics] = evaluator.metrics(sampler_of(data.images.flip(3)))
+        assert ("kid" in evaluator.protocol) == (metrics == "all")
+    assert found["fid"] == pytest.approx({key: found["all"][key] for key in (name, "ms_ssim")}, rel=1e-9)
+    assert len([*tmp_path.glob("evaluation/*.npz")]) == (2 if weights else 0)  # of different content
+
+
+def test_for_the_frechet_distance_alone_no_features_are_kept(tiny, tmp_path):
+    """Of 600 images, with 8 features and 16 logits each: numbers that are there at the end."""
+    kept = {}
+    for metrics in ("all", "fid"):
+        evaluator, data = digits(eval_features="inception", eval_metrics=metrics, data_dir=tmp_path)
+        chunks = data.images.split(evaluation.CHUNK)
+        found, outputs = evaluator.look_at(chunks.__getitem__, evaluator.extractor)
+        tensors = (*vars(found).values(), *outputs, *evaluator.reference.values())
+        kept[metrics] = sum(tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor))
+    statistics = 2 * (8 + 8 * 8)  # of both sides
+    assert kept == {"fid": statistics, "all": statistics + 600 * (8 + 8 + 16)}
 
 
 # --- the reference, cached -----------------------------------------------------------------------
