@@ -329,8 +329,7 @@ def train(args: Args) -> dict[str, float]:
         if rank == 0:
             path = folder / "samples" / f"{step:07d}.png"
             draw_picture(path, sample(1000 if len(data.shape) == 1 else 64, 0), data)
-            pixels = np.asarray(Image.open(path).convert("RGB"))
-            writer.add_image("samples/generator", pixels, step, dataformats="HWC")
+            writer.add_image("samples/generator", np.asarray(Image.open(path)), step, dataformats="HWC")
 
     if args.eval_only:
         evaluate()
@@ -369,14 +368,14 @@ def train(args: Args) -> dict[str, float]:
             real_feat = encode(real)
         with autocast:
             fake_feat = generator(noise).flatten(1)
-        real_feat, fake_feat = kernels.gather(real_feat), kernels.gather(fake_feat.float())
+        real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
         g_loss = generator_loss(real_feat, fake_feat, args.kernel, args.bandwidths)
         late = 0.1 if step > args.drop_step else 1.0
         g_optimizer.param_groups[0]["lr"] = late * args.learning_rate
         if args.optimizer == "sgd":
             g_optimizer.param_groups[0]["momentum"] = 1 - late * (1 - args.momentum)
         g_optimizer.zero_grad()
-        g_loss.backward()
+        g_loss.backward(inputs=list(generator.parameters()))
         kernels.average_gradients(generator)
         g_optimizer.step()
 
@@ -404,9 +403,7 @@ def train(args: Args) -> dict[str, float]:
         if stopping:
             run.leave(writer, folder, step)
 
-    writer.close()
-    if rank == 0:
-        print(f"{folder} has what came out; tensorboard --logdir {args.runs_dir} shows the curves")
+    run.finish(writer, folder, args, rank)
     return metrics
 
 

@@ -376,8 +376,7 @@ def train(args: Args) -> dict[str, float]:
         if rank == 0:
             path = folder / "samples" / f"{step:07d}.png"
             draw_picture(path, sample(1000 if len(data.shape) == 1 else 64, 0), data)
-            pixels = np.asarray(Image.open(path).convert("RGB"))
-            writer.add_image("samples/generator", pixels, step, dataformats="HWC")
+            writer.add_image("samples/generator", np.asarray(Image.open(path)), step, dataformats="HWC")
 
     if args.eval_only:
         evaluate()
@@ -430,9 +429,7 @@ def train(args: Args) -> dict[str, float]:
         if stopping:
             run.leave(writer, folder, step)
 
-    writer.close()
-    if rank == 0:
-        print(f"{folder} has what came out; tensorboard --logdir {args.runs_dir} shows the curves")
+    run.finish(writer, folder, args, rank)
     return metrics
 
 

@@ -188,9 +188,8 @@ def resolve(args: Args) -> Args:
     toy, scaled = args.dataset in datasets.TOYS, args.constraint in ("scaled", "swgan")
     if not toy:
         levels(args.image_size)  # which refuses a size that fits no network
-    run.require(not kid or (args.eval_every and not toy), "--lr-schedule", "kid", "constant here: no KID")
-    ok = not kid or args.eval_metrics == "all"
-    run.require(ok, "--eval-metrics", "fid", "all: --lr-schedule is kid")
+    ok = not kid or (args.eval_every and args.eval_metrics == "all" and not toy)
+    run.require(ok, "--lr-schedule", "kid", "constant here: no KID")
     run.require(scaled or not poster, "--scale-form", "poster", "left out: this --constraint has no scale")
     ok = not args.as_coded or args.constraint == "gradient-penalty" or args.kernel == "rq-linear"
     run.require(ok, "--as-coded", "on", "left out: it is about the gradient penalty and rq-linear")
@@ -455,8 +454,7 @@ def train(args: Args) -> dict[str, float]:
     if args.ema_decay:
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema_decay)
         models["ema"] = torch.optim.swa_utils.AveragedModel(generator, multi_avg_fn=average)
-    floor = 1e-5 if args.eval_features == "inception" else 1e-12  # Deviation 9
-    models["lr_schedule"] = schedule = evaluation.KidSchedule(0.8, floor)
+    models["lr_schedule"] = schedule = evaluation.KidSchedule(0.8, args.eval_features)  # Deviation 9
     step = run.load_checkpoint(args, SCRIPT, models)  # 0 without --resume
     if args.compile:
         generator.compile()
@@ -492,8 +490,7 @@ def train(args: Args) -> dict[str, float]:
         if rank == 0:
             path = folder / "samples" / f"{step:07d}.png"
             draw_picture(path, sample(1000 if len(data.shape) == 1 else 64, 0), data)
-            pixels = np.asarray(Image.open(path).convert("RGB"))
-            writer.add_image("samples/generator", pixels, step, dataformats="HWC")
+            writer.add_image("samples/generator", np.asarray(Image.open(path)), step, dataformats="HWC")
 
     if args.eval_only:
         evaluate()
@@ -583,9 +580,7 @@ def train(args: Args) -> dict[str, float]:
         if stopping:
             run.leave(writer, folder, step)
 
-    writer.close()
-    if rank == 0:
-        print(f"{folder} has what came out; tensorboard --logdir {args.runs_dir} shows the curves")
+    run.finish(writer, folder, args, rank)
     return metrics
 
 

@@ -394,11 +394,15 @@ class KidSchedule:
 
     The first 10 evaluations are remembered, each further one is tested against the oldest: if better (p at
     most 0.1) it takes the oldest's place. The third in a row that is not lowers the rate, and of the memory
-    only the last two and itself are left. floor: of the test's variance, in that code 1e-5.
+    only the last two and itself are left.
+
+    factor: that the rate is multiplied by. features: inception has that code's floor of the test's variance;
+    pixels have none, to speak of: their KID is smaller.
     """
 
-    def __init__(self, factor: float, floor: float = 1e-5) -> None:
-        self.factor, self.floor, self.memory, self.failures = factor, floor, [], 0
+    def __init__(self, factor: float, features: str = "inception") -> None:
+        self.factor, self.floor = factor, 1e-5 if features == "inception" else 1e-12
+        self.memory, self.failures = [], 0
 
     def step(self, sums: dict[str, Tensor]) -> float:
         """Return what to multiply the learning rate by after an evaluation, given its kernel_sums."""

@@ -238,6 +238,13 @@ def stop_asked(step: int) -> bool:
     return bool(SIGNALS)
 
 
+def finish(writer, folder: Path, args, rank: int) -> None:
+    """Close the curves, and end standard output with where everything is."""
+    writer.close()
+    if rank == 0:
+        print(f"{folder} has what came out; tensorboard --logdir {args.runs_dir} shows the curves")
+
+
 def leave(writer, folder: Path, step: int) -> None:
     """Exit with the status that the signal has by convention, saying how to go on."""
     writer.close()

@@ -474,7 +474,7 @@ smmd_gan --scale-form poster --kernel distance    | --kernel is distance
 smmd_gan --lambda-scale nan                       | --lambda-scale is nan
 smmd_gan --clip-norm -1                           | --clip-norm is -1.0
 smmd_gan --lr-schedule kid --dataset swissroll    | --lr-schedule is kid
-smmd_gan --lr-schedule kid --eval-metrics fid     | --eval-metrics is fid
+smmd_gan --lr-schedule kid --eval-metrics fid     | --lr-schedule is kid
 gamn --dataset 8gaussians --eval-metrics fid      | --eval-metrics is fid
 smmd_gan --warmup-critic 0                        | --warmup-critic is 0
 gram_net --ridge -1                               | --ridge is -1.0
