@@ -25,6 +25,15 @@ from tqdm import tqdm
 MAY_CHANGE = {"total_steps", "log_every", "sample_every", "eval_every", "save_every", "device", "compile"}
 MAY_CHANGE |= {"runs_dir", "data_dir", "inception_weights", "track", "resume", "eval_only"}
 MAY_CHANGE |= {"eval_samples", "eval_features", "eval_split", "eval_metrics", "ms_ssim"}
+# Bounds of arguments that several scripts have. Squares of rates and bandwidths must be floats, too.
+LEAST = dict.fromkeys(("log_every", "sample_every", "eval_every", "save_every", "seed"), 0)
+LEAST |= dict.fromkeys(("beta1", "beta2", "momentum", "ema_decay"), 0)
+LEAST |= dict.fromkeys(("total_steps", "batch_size", "width", "eval_samples", "image_size", "n_critic"), 1)
+LEAST |= dict.fromkeys(("latent_dim", "feature_dim"), 1)
+LEAST |= dict.fromkeys(("learning_rate", "critic_learning_rate", "bandwidths"), 1e-15)
+MOST = dict.fromkeys(("learning_rate", "critic_learning_rate", "bandwidths"), 1e15) | {"seed": 2**63 - 1}
+MOST |= dict.fromkeys(("width", "feature_dim", "latent_dim", "image_size"), 2**14)
+MOST |= dict.fromkeys(("beta1", "beta2", "momentum", "ema_decay"), math.nextafter(1, 0))
 BATCH_NORM = nn.modules.batchnorm._BatchNorm  # all kinds
 SIGNALS: list[int] = []  # that asked this process to stop
 
@@ -120,28 +129,16 @@ def resolve(args, *tables: dict, least: dict[str, float] | None = None):
     """
     defaults = {key: value for table in tables for key, value in table.items()}
     args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
-    bounds = dict.fromkeys(("log_every", "sample_every", "eval_every", "save_every", "seed"), 0)
-    bounds |= dict.fromkeys(("total_steps", "batch_size", "width", "eval_samples", "image_size"), 1)
-    bounds |= dict.fromkeys(("latent_dim", "feature_dim", "n_critic"), 1)
-    for name, bound in (bounds | (least or {})).items():
-        value = getattr(args, name, None)
-        require(value is None or value >= bound, f"--{name.replace('_', '-')}", value, f"at least {bound}")
-    for name in ("width", "feature_dim", "latent_dim", "image_size"):
-        value = getattr(args, name, None)
-        require(value is None or value <= 2**14, f"--{name.replace('_', '-')}", value, f"at most {2**14}")
-    require(args.seed < 2**63, "--seed", args.seed, "below 2^63")
+    bounds = LEAST | (least or {})
     for name, value in vars(args).items():
-        finite = not isinstance(value, float) or math.isfinite(value)
-        require(finite, f"--{name.replace('_', '-')}", value, "a finite number")
-    for name in ("learning_rate", "critic_learning_rate", "bandwidths", "sn_gain"):
-        value = getattr(args, name, None)
-        numbers = value if isinstance(value, tuple) else (1.0 if value is None else value,)
-        usable = len(numbers) > 0 and all(1e-15 <= v <= 1e15 for v in numbers)  # their squares are floats too
-        require(usable, f"--{name.replace('_', '-')}", value, "between 1e-15 and 1e15")
-    for name in ("beta1", "beta2", "momentum"):
-        value = getattr(args, name, 0.0)
-        require(0 <= value < 1, f"--{name}", value, "in [0, 1)")
-    require(0 <= args.ema_decay < 1, "--ema-decay", args.ema_decay, "in [0, 1)")
+        flag, numbers = f"--{name.replace('_', '-')}", value if isinstance(value, tuple) else (value,)
+        require(len(numbers) > 0, flag, value, "one number or more")
+        for number in numbers:
+            if isinstance(number, (int, float)):
+                require(math.isfinite(number), flag, value, "a finite number")
+                low, high = bounds.get(name, -math.inf), MOST.get(name, math.inf)
+                require(number >= low, flag, value, f"at least {low}")
+                require(number <= high, flag, value, f"at most {high}")
     ok = not args.track or importlib.util.find_spec("wandb")
     require(ok, "--track", "on", "off where wandb is missing (pip install wandb)")
     require(not args.eval_only or args.resume, "--eval-only", "given alone", "given with --resume RUN")
