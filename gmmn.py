@@ -235,14 +235,8 @@ def draw_picture(path: Path, fake: Tensor, data: datasets.Batches) -> None:
         images = datasets.to_uint8(fake[:64], VALUE_RANGE).float() / 255
         images = F.interpolate(images, scale_factor=max(1, 64 // images.shape[-1]))  # small ones enlarged
         torchvision.utils.save_image(images, path)
-        return
-    from matplotlib.figure import Figure
-
-    axes = Figure(figsize=(6, 6)).add_subplot(projection="3d" if fake.shape[1] == 3 else None)
-    for points, name in ((datasets.draw_toy(data.name, len(fake), 0), "real"), (fake, "generated")):
-        axes.scatter(*points.cpu().T, s=3, alpha=0.6, label=name)
-    axes.legend(loc="upper right")
-    axes.figure.savefig(path)
+    else:
+        evaluation.draw_points(path, fake, data.name)
 
 
 # --- training --------------------------------------------------------------------------------------
@@ -335,7 +329,7 @@ def train(args: Args) -> dict[str, float]:
         evaluate()
         picture()
         evaluator.save(folder / "samples.npz", sample)
-        writer.close()
+        run.finish(writer, folder, args, rank)
         return metrics
     if step == 0:
         save()  # from here on there is always something to resume from
@@ -347,7 +341,7 @@ def train(args: Args) -> dict[str, float]:
         real = data.batch(update - 1)[: max(1, AE_BATCH // world_size)]
         ae_loss = update_autoencoder(autoencoder, ae_optimizer, real, update, args.ae_steps)
         bad = ~torch.stack([torch.zeros_like(ae_loss), ae_loss]).isfinite()
-        first_bad = torch.where(bad & (first_bad == 0), update, first_bad)
+        first_bad.masked_fill_(bad & (first_bad == 0), update)
         if args.log_every and update % args.log_every == 0:
             writer.add_scalar("losses/autoencoder", ae_loss, update - ae_total)
         stopping = run.stop_asked(update)
@@ -381,8 +375,7 @@ def train(args: Args) -> dict[str, float]:
 
         if args.ema_decay:
             models["ema"].update_parameters(generator)
-        bad = ~torch.stack([g_loss.detach(), ae_loss]).isfinite()
-        first_bad = torch.where(bad & (first_bad == 0), step, first_bad)
+        first_bad.masked_fill_(~torch.stack([g_loss, ae_loss]).isfinite() & (first_bad == 0), step)
 
         if due(args.log_every):
             run.check_finite(LOSSES, first_bad)

@@ -279,14 +279,8 @@ def draw_picture(path: Path, fake: Tensor, data: datasets.Batches) -> None:
         images = datasets.to_uint8(fake[:64], VALUE_RANGE).float() / 255
         images = F.interpolate(images, scale_factor=max(1, 64 // images.shape[-1]))  # small ones enlarged
         torchvision.utils.save_image(images, path)
-        return
-    from matplotlib.figure import Figure
-
-    axes = Figure(figsize=(6, 6)).add_subplot(projection="3d" if fake.shape[1] == 3 else None)
-    for points, name in ((datasets.draw_toy(data.name, len(fake), 0), "real"), (fake, "generated")):
-        axes.scatter(*points.cpu().T, s=3, alpha=0.6, label=name)
-    axes.legend(loc="upper right")
-    axes.figure.savefig(path)
+    else:
+        evaluation.draw_points(path, fake, data.name)
 
 
 # --- training --------------------------------------------------------------------------------------
@@ -294,8 +288,7 @@ def draw_picture(path: Path, fake: Tensor, data: datasets.Batches) -> None:
 
 def critic_steps(step: int, args: Args) -> int:
     """Return the number of critic updates before generator update step = 1, 2, ..."""
-    done = step - 1  # Deviations 2 and 3
-    return args.warmup_critic if done < 25 or done % 500 == 0 else args.n_critic
+    return args.warmup_critic if step <= 25 or step % 500 == 1 else args.n_critic  # Deviations 2 and 3
 
 
 def train(args: Args) -> dict[str, float]:
@@ -317,8 +310,7 @@ def train(args: Args) -> dict[str, float]:
     c_parameters = [*critic.parameters(), *decoder.to(device).parameters()]
     g_optimizer = torch.optim.RMSprop(generator.parameters(), args.learning_rate)
     c_optimizer = torch.optim.RMSprop(c_parameters, args.critic_learning_rate)
-    models = {"generator": generator, "critic": critic}
-    models |= {"g_optimizer": g_optimizer, "c_optimizer": c_optimizer}
+    models = dict(generator=generator, critic=critic, g_optimizer=g_optimizer, c_optimizer=c_optimizer)
     models["decoder"] = decoder
     run.prepare(models, device)  # on GPUs: channels last, batch norm over all processes
     if args.ema_decay:
@@ -366,7 +358,7 @@ def train(args: Args) -> dict[str, float]:
         evaluate()
         picture()
         evaluator.save(folder / "samples.npz", sample)
-        writer.close()
+        run.finish(writer, folder, args, rank)
         return metrics
     if step == 0:
         save()  # from here on there is always something to resume from
@@ -418,8 +410,7 @@ def train(args: Args) -> dict[str, float]:
 
         if args.ema_decay:
             models["ema"].update_parameters(generator)
-        bad = ~torch.stack([c_loss.detach(), g_loss.detach()]).isfinite()
-        first_bad = torch.where(bad & (first_bad == 0), step, first_bad)
+        first_bad.masked_fill_(~torch.stack([c_loss, g_loss]).isfinite() & (first_bad == 0), step)
 
         if due(args.log_every):
             run.check_finite(LOSSES, first_bad)

@@ -306,14 +306,8 @@ def draw_picture(path: Path, fake: Tensor, data: datasets.Batches) -> None:
         images = datasets.to_uint8(fake[:64], VALUE_RANGE).float() / 255
         images = F.interpolate(images, scale_factor=max(1, 64 // images.shape[-1]))  # small ones enlarged
         torchvision.utils.save_image(images, path)
-        return
-    from matplotlib.figure import Figure
-
-    axes = Figure(figsize=(6, 6)).add_subplot(projection="3d" if fake.shape[1] == 3 else None)
-    for points, name in ((datasets.draw_toy(data.name, len(fake), 0), "real"), (fake, "generated")):
-        axes.scatter(*points.cpu().T, s=3, alpha=0.6, label=name)
-    axes.legend(loc="upper right")
-    axes.figure.savefig(path)
+    else:
+        evaluation.draw_points(path, fake, data.name)
 
 
 # --- training --------------------------------------------------------------------------------------
@@ -335,8 +329,7 @@ def train(args: Args) -> dict[str, float]:
     critic = Critic(data.shape, args.feature_dim, args.width, args.sn_gain, args.spectral_norm).to(device)
     g_optimizer = torch.optim.Adam(generator.parameters(), args.learning_rate, (args.beta1, args.beta2))
     c_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, (args.beta1, args.beta2))
-    models = {"generator": generator, "critic": critic}
-    models |= {"g_optimizer": g_optimizer, "c_optimizer": c_optimizer}
+    models = dict(generator=generator, critic=critic, g_optimizer=g_optimizer, c_optimizer=c_optimizer)
     run.prepare(models, device)  # on GPUs: channels last, batch norm over all processes
     if args.ema_decay:
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema_decay)
@@ -382,7 +375,7 @@ def train(args: Args) -> dict[str, float]:
         evaluate()
         picture()
         evaluator.save(folder / "samples.npz", sample)
-        writer.close()
+        run.finish(writer, folder, args, rank)
         return metrics
     if step == 0:
         save()  # from here on there is always something to resume from
@@ -410,13 +403,13 @@ def train(args: Args) -> dict[str, float]:
 
         if args.ema_decay:
             models["ema"].update_parameters(generator)
-        bad = ~torch.stack([c_loss.detach(), g_loss.detach()]).isfinite()
-        first_bad = torch.where(bad & (first_bad == 0), step, first_bad)
+        first_bad.masked_fill_(~torch.stack([c_loss, g_loss]).isfinite() & (first_bad == 0), step)
 
         if due(args.log_every):
             run.check_finite(LOSSES, first_bad)
             scalars = {"losses/critic": c_loss, "losses/generator": g_loss}
-            scalars |= logged | {"charts/steps_per_second": (step - begin_step) / (time.time() - begin)}
+            scalars |= logged
+            scalars |= {"charts/steps_per_second": (step - begin_step) / (time.time() - begin)}
             for tag, value in scalars.items():
                 writer.add_scalar(tag, value, step)
         if due(args.sample_every):

@@ -19,17 +19,20 @@ s2 = s^2 shrinks as the critic gets steeper, which keeps the distance continuous
     poster             s2 = 1 / (lambda + E [k(x, x) + sum_i d2k / dy_i dz_i at y = z = x]),  lambda = 1
 
 (the gradients are those by the pixels of x). w(m) = E k(phi(m), phi(x)) - E k(phi(m), phi(y)) is the
-witness function, m lies between a real and a fake image. --critic-norm bounds the condition numbers of the
-critic's layers, which the continuity of the scaled MMD asks for; --log-condition-numbers shows them.
+witness function, m lies between a real and a fake image. The continuity of the scaled MMD asks for critic
+layers of bounded condition numbers: --critic-norm orthogonal makes them 1, spectral lowers them in practice;
+--log-condition-numbers shows them.
 
 Published (CIFAR-10): SMMD IS 7.0, FID 31.5; SN-SMMD 7.3, 25.0 (Wang et al. 2019); [B] 6.51, 39.9.
 
 Deviations from the papers [P], [B] and from the authors' code [C]:
   1. The scale of [C], which all published numbers used, has lambda on the gradient alone, and the same form
-     for every kernel. [P]'s adds lambda to the rest: --scale-form poster.
+     for every kernel. [P]'s adds lambda to the rest: --scale-form poster. For rbf with sigma 1, [C]'s is a
+     tenth of [P]'s with lambda -0.9: the gradient weighs more.
   2. The generator takes the scale as a constant: it depends on the critic and the real data alone.
   3. The penalty is on the norm of the whole gradient: [B]. In [C] of [B] the norm is over the rows of each
-     column and channel, and Arbel's copy takes it over the channels of each pixel; --as-coded is the first.
+     column and channel, which asks for a whole norm of sqrt(w c), 9.8 on CIFAR-10 (--as-coded); Arbel's copy
+     takes it over the channels of each pixel: sqrt(h w), 32.
   4. rq-linear leaves out its true diagonal, len(bandwidths) + ||phi||^2. [C] subtracts the constant part
      only, which rewards large features in the critic and small ones in the generator: --as-coded.
   5. alpha of rq is [B]'s list. The default of [C] is --bandwidths 0.1 1 10.
@@ -50,6 +53,8 @@ Deviations from the papers [P], [B] and from the authors' code [C]:
      mirroring are drawn once for each image, in [C] at each use; LSUN's crop is central, in [B] random.
  13. gradient-penalty keeps the networks, the latent dimension and the schedule of [P], so that only the
      constraint differs; [B] has DCGAN networks, 100 dimensions and 5 critic updates throughout.
+ 14. The 10 critic updates at the beginning and after each 500th step, and the clipping of each variable's
+     gradient, are [C]'s; neither paper has them. --critic-norm orthogonal, which [P] names, is PyTorch's.
 
 Usage:
     python smmd_gan.py
@@ -118,13 +123,13 @@ class Args:
     constraint: Literal["scaled", "gradient-penalty", "none", "swgan"] = "scaled"  # on the critic
     scale_form: Literal["released", "poster"] = "released"  # of scaled and swgan, see above
     lambda_scale: float | None = None  # lambda of the scale, for pixels in [0, 1] (10; 1 in poster form)
-    lambda_gp: float = 1.0  # weight of the gradient penalty
+    lambda_gp: float = 1.0  # weight of the gradient penalty, with gradient-penalty
     lambda_activation: float = 1.0  # weight of the activation penalty, with gradient-penalty
     as_coded: bool = False  # [C]'s penalty on the norm over rows, and its diagonal of rq-linear
     kernel: Literal["rbf", "rq", "rq-linear", "distance", "linear"] | None = None  # None: by constraint
     bandwidths: tuple[float, ...] | None = None  # sigma of rbf (None: 1), alpha of rq (.2 .5 1 2 5); summed
     feature_dim: int | None = None  # dimension d of the critic's output (None: by constraint)
-    critic_norm: Literal["none", "spectral", "orthogonal"] | None = None  # of every layer's (c_out, rest)
+    critic_norm: Literal["none", "spectral", "orthogonal"] | None = None  # of layers (None: by constraint)
     sn_scale: bool = True  # spectral: a learned factor on each normalised weight; off: norm 1
     log_condition_numbers: bool = False  # of each critic layer's (c_out, rest) matrix, with the curves
     n_critic: int = 5  # critic updates per generator update
@@ -142,7 +147,8 @@ class Args:
 DEFAULTS = {
     "images": dict(
         image_size=64, total_steps=150_000, batch_size=64, width=64, latent_dim=128, learning_rate=2e-4,
-        eval_every=10_000, eval_features="inception", eval_split="train", sample_bn="batch",
+        lambda_scale=10.0, eval_every=10_000, eval_features="inception", eval_split="train",
+        sample_bn="batch",
     ),
     "cifar10": dict(image_size=32, learning_rate=1e-4, eval_split="all"),
     "stl10": dict(image_size=48),  # ours
@@ -177,10 +183,9 @@ def resolve(args: Args) -> Args:
     defaults = DEFAULTS["images"], DEFAULTS.get(datasets.kind(args.dataset), {})
     poster = {"lambda_scale": 1.0} if args.scale_form == "poster" else {}
     kid = {"eval_every": 2000} if args.lr_schedule == "kid" else {}
-    args = run.resolve(args, {"lambda_scale": 10.0}, CONSTRAINTS[args.constraint], *defaults, poster, kid)
+    args = run.resolve(args, CONSTRAINTS[args.constraint], *defaults, poster, kid, least=LEAST)
     bandwidths = (0.2, 0.5, 1.0, 2.0, 5.0) if args.kernel in ("rq", "rq-linear") else (1.0,)  # Deviation 5
-    values = {"bandwidths": bandwidths, "critic_learning_rate": args.learning_rate}
-    args = run.resolve(args, values, least=LEAST)
+    args = run.resolve(args, {"bandwidths": bandwidths, "critic_learning_rate": args.learning_rate})
     ok = args.constraint != "swgan" or (args.kernel, args.feature_dim) == ("linear", 1)
     run.require(ok, "--constraint", "swgan", "without --kernel and --feature-dim, which are linear and 1")
     ok = not poster or args.kernel != "distance"
@@ -271,7 +276,10 @@ class Scale(nn.Module):
 
 
 class Critic(nn.Module):
-    """Samples (B, *shape) -> outputs of all layers, the last the features (B, feature_dim); no batch norm."""
+    """Samples (B, *shape) -> list of the outputs of all layers, the last the features (B, feature_dim).
+
+    weighted: the layers that normalise and condition_numbers see. No batch norm.
+    """
 
     def __init__(self, shape: tuple[int, ...], feature_dim: int, width: int) -> None:
         super().__init__()
@@ -281,11 +289,11 @@ class Critic(nn.Module):
         else:  # SNDCGAN's below 64 pixels, ResNet-10 to 127, DCGAN of 5 layers from 128
             n, side = levels(shape[1]), shape[1]
             widths = [width * 2**i for i in range(n if side < 128 else n - 1)]
-            kernel = (3, 1, 1) if side < 128 else (5, 2, 2)  # Deviation 8
-            convs = [nn.Conv2d(shape[0], width, *kernel)]
+            size = (3, 1, 1) if side < 128 else (5, 2, 2)  # with stride and padding; Deviation 8
+            convs = [nn.Conv2d(shape[0], width, *size)]
             for c in widths if side < 64 else ():
                 convs += [nn.Conv2d(c, 2 * c, 4, 2, 1), nn.Conv2d(2 * c, 2 * c, 3, 1, 1)]
-            convs += [nn.Conv2d(c, 2 * c, *kernel) for c in widths] if side >= 128 else []
+            convs += [nn.Conv2d(c, 2 * c, *size) for c in widths] if side >= 128 else []
             layers = [nn.Sequential(conv, nn.LeakyReLU(0.2)) for conv in convs]
             if 64 <= side < 128:  # and the sum over space
                 layers += [ResBlock(c, 2 * c, False, batch_norm=False) for c in widths]
@@ -313,8 +321,9 @@ def normalise(critic: Critic, norm: str, sn_scale: bool) -> None:
             nn.utils.parametrizations.spectral_norm(layer)  # Deviation 7
             if sn_scale:
                 nn.utils.parametrize.register_parametrization(layer, "weight", Scale())
-        for part in layer.parametrizations.weight:  # in float32, whatever --precision is
-            part.forward = torch.autocast(layer.bias.device.type, enabled=False)(part.forward)
+        in_float32 = torch.autocast(next(layer.parameters()).device.type, enabled=False)  # in any --precision
+        for part in layer.parametrizations.weight:  # a method of part: copies of the critic get their own
+            part.forward = in_float32(type(part).forward).__get__(part)
 
 
 def condition_numbers(critic: Critic) -> dict[str, Tensor]:
@@ -334,7 +343,7 @@ def jacobian_norm2(feat: Tensor, inputs: Tensor, create_graph: bool) -> Tensor:
     return sum(kernels.at_least_float32(grad).flatten(1).square().sum(1) for grad in grads)
 
 
-def scale(feat: Tensor, real: Tensor, args: Args, create_graph: bool) -> Tensor | float:
+def distance_scale(feat: Tensor, real: Tensor, args: Args, create_graph: bool) -> Tensor | float:
     """Return what multiplies the distance: s2, s for swgan, 1 with no scale; for feat (n, d) = phi(real).
 
     For k(a, b) = kappa(||a - b||^2), sum_i d2k is -2 kappa'(0) ||grad phi||_F^2 with 1 / sigma^2 (rbf) or
@@ -350,7 +359,7 @@ def scale(feat: Tensor, real: Tensor, args: Args, create_graph: bool) -> Tensor 
         linear = args.kernel in ("linear", "rq-linear")  # has the term <a, b>
         ones = len(args.bandwidths) * (args.kernel != "linear")  # kappa(0), summed
         slopes = {"rbf": sum(s**-2 for s in args.bandwidths), "rq": ones, "rq-linear": ones, "linear": 0}
-        slope = slopes[args.kernel]  # -2 kappa'(0), summed
+        slope = slopes[args.kernel]  # -2 kappa'(0), summed; a kernel of your own needs its own
         s2 = 1 / (args.lambda_scale + ones + linear * feat2 + (slope + linear) * norm2)
     return s2.sqrt() if args.constraint == "swgan" else s2
 
@@ -410,14 +419,8 @@ def draw_picture(path: Path, fake: Tensor, data: datasets.Batches) -> None:
         images = datasets.to_uint8(fake[:64], VALUE_RANGE).float() / 255
         images = F.interpolate(images, scale_factor=max(1, 64 // images.shape[-1]))  # small ones enlarged
         torchvision.utils.save_image(images, path)
-        return
-    from matplotlib.figure import Figure
-
-    axes = Figure(figsize=(6, 6)).add_subplot(projection="3d" if fake.shape[1] == 3 else None)
-    for points, name in ((datasets.draw_toy(data.name, len(fake), 0), "real"), (fake, "generated")):
-        axes.scatter(*points.cpu().T, s=3, alpha=0.6, label=name)
-    axes.legend(loc="upper right")
-    axes.figure.savefig(path)
+    else:
+        evaluation.draw_points(path, fake, data.name)
 
 
 # --- training --------------------------------------------------------------------------------------
@@ -425,8 +428,7 @@ def draw_picture(path: Path, fake: Tensor, data: datasets.Batches) -> None:
 
 def critic_steps(step: int, args: Args) -> int:
     """Return the number of critic updates before generator update step = 1, 2, ..."""
-    done = step - 1
-    return args.warmup_critic if done < 20 or done % 500 == 0 else args.n_critic
+    return args.warmup_critic if step <= 20 or step % 500 == 1 else args.n_critic  # Deviation 14
 
 
 def train(args: Args) -> dict[str, float]:
@@ -448,8 +450,7 @@ def train(args: Args) -> dict[str, float]:
     swgan, penalised = args.constraint == "swgan", args.constraint == "gradient-penalty"
     g_optimizer = torch.optim.Adam(generator.parameters(), args.learning_rate, (args.beta1, args.beta2))
     c_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, (args.beta1, args.beta2))
-    models = {"generator": generator, "critic": critic}
-    models |= {"g_optimizer": g_optimizer, "c_optimizer": c_optimizer}
+    models = dict(generator=generator, critic=critic, g_optimizer=g_optimizer, c_optimizer=c_optimizer)
     run.prepare(models, device)  # on GPUs: channels last, batch norm over all processes
     if args.ema_decay:
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema_decay)
@@ -496,7 +497,7 @@ def train(args: Args) -> dict[str, float]:
         evaluate()
         picture()
         evaluator.save(folder / "samples.npz", sample)
-        writer.close()
+        run.finish(writer, folder, args, rank)
         return metrics
     if step == 0:
         save()  # from here on there is always something to resume from
@@ -517,16 +518,16 @@ def train(args: Args) -> dict[str, float]:
                 real_feat, fake_feat = real_out[-1], fake_out[-1]
                 if penalised:
                     u = torch.rand(len(real), *[1] * len(data.shape), device=device)
-                    mid = real + u * (fake.float() - real)
-                    mid_feat = critic(mid)[-1].float()
-            sigma = scale(real_feat.float(), real, args, create_graph=True)
+                    m = real + u * (fake.float() - real)
+                    m_feat = critic(m)[-1].float()
+            scale = distance_scale(real_feat.float(), real, args, create_graph=True)
             real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
             k_xx, k_xy, k_yy = kernels.gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
             distance = real_feat.mean() - fake_feat.mean() if swgan else squared_mmd(k_xx, k_xy, k_yy, args)
-            c_loss = critic_loss(distance, sigma)
+            c_loss = critic_loss(distance, scale)
             if penalised:
-                c_loss += args.lambda_gp * gradient_penalty(mid, mid_feat, real_feat, fake_feat, args)
-                c_loss += args.lambda_activation * activation_penalty(real_out, fake_out)
+                c_loss = c_loss + args.lambda_gp * gradient_penalty(m, m_feat, real_feat, fake_feat, args)
+                c_loss = c_loss + args.lambda_activation * activation_penalty(real_out, fake_out)
             c_optimizer.zero_grad()
             c_loss.backward(inputs=list(critic.parameters()))
             kernels.average_gradients(critic)
@@ -540,11 +541,11 @@ def train(args: Args) -> dict[str, float]:
         with autocast, nn.utils.parametrize.cached():
             fake = generator(noise)
             real_feat, fake_feat = critic(real)[-1], critic(fake)[-1]
-        sigma = scale(real_feat.float(), real, args, create_graph=False)  # Deviation 2
+        scale = distance_scale(real_feat.float(), real, args, create_graph=False)  # Deviation 2
         real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
         k_xx, k_xy, k_yy = kernels.gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
         distance = real_feat.mean() - fake_feat.mean() if swgan else squared_mmd(k_xx, k_xy, k_yy, args)
-        g_loss = generator_loss(distance, sigma)
+        g_loss = generator_loss(distance, scale)
         g_optimizer.zero_grad()
         g_loss.backward(inputs=list(generator.parameters()))
         kernels.average_gradients(generator)
@@ -553,13 +554,12 @@ def train(args: Args) -> dict[str, float]:
 
         if args.ema_decay:
             models["ema"].update_parameters(generator)
-        bad = ~torch.stack([c_loss.detach(), g_loss.detach()]).isfinite()
-        first_bad = torch.where(bad & (first_bad == 0), step, first_bad)
+        first_bad.masked_fill_(~torch.stack([c_loss, g_loss]).isfinite() & (first_bad == 0), step)
 
         if due(args.log_every):
             run.check_finite(LOSSES, first_bad)
             scalars = {"losses/critic": c_loss, "losses/generator": g_loss}
-            scalars |= {"losses/distance": distance, "losses/scale": sigma}
+            scalars |= {"losses/distance": distance, "losses/scale": scale}
             scalars |= {"charts/learning_rate": g_optimizer.param_groups[0]["lr"]}
             scalars |= {"kernel/k_xx": k_xx.mean(), "kernel/k_xy": k_xy.mean(), "kernel/k_yy": k_yy.mean()}
             scalars |= condition_numbers(critic) if args.log_condition_numbers else {}

@@ -460,6 +460,17 @@ def toy_metrics(name: str, fake: Tensor) -> dict[str, float]:
     return metrics | {"high_quality": good.float().mean().item(), "modes": covered}
 
 
+def draw_points(path: Path, fake: Tensor, name: str) -> None:
+    """Write a scatter plot of a toy's real points and of generated ones (n, d) as PNG."""
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(6, 6)).add_subplot(projection="3d" if fake.shape[1] == 3 else None)
+    for points, label in ((datasets.draw_toy(name, len(fake), 0), "real"), (fake, "generated")):
+        axes.scatter(*points.cpu().T, s=3, alpha=0.6, label=label)
+    axes.legend(loc="upper right")
+    axes.figure.savefig(path)
+
+
 # --- command line --------------------------------------------------------------------------------
 
 

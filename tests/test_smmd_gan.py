@@ -33,11 +33,11 @@ def test_scale_of_a_linear_critic():
     x = randn(5, 3).requires_grad_()
     norm2 = S.jacobian_norm2(x @ W.T, x, create_graph=False)
     assert norm2.tolist() == [34.0] * 5
-    assert S.scale(x @ W.T, x, arguments(), create_graph=False).item() == pytest.approx(0.00293255, rel=1e-6)
+    assert S.distance_scale(x @ W.T, x, arguments(), create_graph=False).item() == pytest.approx(0.00293255, rel=1e-6)
     x_signed = (2 * x.detach() - 1).requires_grad_()  # the same function of pixels in [-1, 1]
     norm2 = S.jacobian_norm2((x_signed + 1) / 2 @ W.T, x_signed, create_graph=False)
     assert norm2.tolist() == pytest.approx([8.5] * 5)
-    forty = S.scale((x_signed + 1) / 2 @ W.T, x_signed, arguments(lambda_scale=40.0), create_graph=False)
+    forty = S.distance_scale((x_signed + 1) / 2 @ W.T, x_signed, arguments(lambda_scale=40.0), create_graph=False)
     assert forty.item() == pytest.approx(0.00293255, rel=1e-6)
 
 
@@ -71,17 +71,17 @@ def test_poster_scale_is_the_kernel_and_its_second_derivatives(kernel, bandwidth
         second = sum(torch.autograd.grad(by_y[i], z, retain_graph=True)[0][i] for i in range(4))
         total += (value + second).item()
     args = arguments(scale_form="poster", lambda_scale=1.0, kernel=kernel, bandwidths=bandwidths)
-    got = S.scale(network(x), x, args, create_graph=False)
+    got = S.distance_scale(network(x), x, args, create_graph=False)
     assert got.item() == pytest.approx(1 / (1 + total / 3), rel=1e-9)
 
 
 def test_scale_of_the_other_constraints():
     x = randn(5, 3).requires_grad_()
     feat = x @ W[:1].T
-    assert S.scale(feat, x, arguments(constraint="none"), False) == 1
-    assert S.scale(feat, x, arguments(constraint="gradient-penalty"), False) == 1
+    assert S.distance_scale(feat, x, arguments(constraint="none"), False) == 1
+    assert S.distance_scale(feat, x, arguments(constraint="gradient-penalty"), False) == 1
     energy = 9 + sum((row @ W[0]).item() ** 2 for row in x) / 5  # value_and_grad
-    got = S.scale(feat, x, arguments(constraint="swgan"), False)
+    got = S.distance_scale(feat, x, arguments(constraint="swgan"), False)
     assert got.item() == pytest.approx((1 + 10 * energy) ** -0.5)
 
 
@@ -109,7 +109,7 @@ def test_double_backward_against_finite_differences():
     def loss(create_graph):
         feat, args = critic(real), arguments()
         blocks = kernels.gram_blocks(feat, critic(fake), "rbf", (1.0,))
-        return S.critic_loss(S.squared_mmd(*blocks, args), S.scale(feat, real, args, create_graph))
+        return S.critic_loss(S.squared_mmd(*blocks, args), S.distance_scale(feat, real, args, create_graph))
 
     value = loss(True)
     with torch.no_grad():
@@ -144,7 +144,7 @@ def dirac(theta, psi, args):
     blocks = kernels.gram_blocks(psi * real, psi * fake, "rbf", (1.0,))
     mmd2 = S.squared_mmd(*blocks, args)
     return [
-        loss(mmd2, S.scale(psi * real, real, args, graph))
+        loss(mmd2, S.distance_scale(psi * real, real, args, graph))
         for loss, graph in ((S.critic_loss, True), (S.generator_loss, False))
     ]
 
@@ -497,7 +497,7 @@ def test_second_derivatives_of_the_networks(shape):
     real = torch.rand(2, *shape).double().requires_grad_()
 
     def loss():
-        return S.scale(critic(real)[-1], real, arguments(), True).log()
+        return S.distance_scale(critic(real)[-1], real, arguments(), True).log()
 
     direction = [torch.randn_like(p) for p in critic.parameters()]
     grads = torch.autograd.grad(loss(), list(critic.parameters()), allow_unused=True)
