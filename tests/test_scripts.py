@@ -400,7 +400,7 @@ def test_two_runs_in_the_same_second_get_two_folders(tmp_path, monkeypatch):
 # --- refusals --------------------------------------------------------------------------------------
 
 BAD = """
-gmmn --dataset cifar11                            | --dataset is cifar11
+gmmn --dataset cifar11                            | --dataset is cifar11, but should be one of 8gaussians
 gmmn --dataset folder:nowhere                     | --dataset is folder:nowhere
 gmmn --dataset folder:README.md                   | --dataset is folder:README.md
 gmmn --dataset mnist --data-dir nowhere           | --dataset mnist
@@ -453,7 +453,7 @@ gamn --gp-target nan                              | --gp-target is nan
 gamn --data-mmd-weight -1                         | --data-mmd-weight is -1.0
 gamn --n-generator 0                              | --n-generator is 0
 gamn --regularizer l3                             | --regularizer
-gamn --dataset folder:. --eval-features pixels    | --dataset is folder:.
+gamn --dataset folder:. --eval-features pixels    | should be a folder with images (no image below .)
 mmd_gan --lambda-ae -1                            | --lambda-ae is -1.0
 mmd_gan --lambda-rank inf                         | --lambda-rank is inf
 mmd_gan --clip -0.01                              | --clip is -0.01
