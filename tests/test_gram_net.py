@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import gram_net as script
-from common import datasets, kernels, run
+from common import datasets, kernels
 
 FAST = dict(total_steps=3, batch_size=8, width=8, eval_every=0, log_every=1, sample_every=0)
 
@@ -380,22 +380,3 @@ def test_picture_has_both_spaces(tmp_path, monkeypatch, dataset, dim, title):
     elif dim == 5:  # the variances along the axes are the two largest eigenvalues of the covariance
         largest = torch.linalg.eigvalsh(torch.cov(feat.T)).flip(0)[:2]
         torch.testing.assert_close(drawn.var(0), largest, rtol=1e-3, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"ridge": -1.0}, "--ridge"),
-        ({"bandwidths": (1.0, 0.0)}, "--bandwidths"),
-        ({"bandwidths": ()}, "--bandwidths"),
-        ({"feature_dim": 0}, "--feature-dim"),
-        ({"latent_dim": 0}, "--latent-dim"),
-        ({"positivity_weight": -1.0}, "--positivity-weight"),
-        ({"positivity": "clip", "as_coded": True}, "--positivity"),
-        ({"dataset": "ring2d", "weak_critic": True}, "--weak-critic"),
-    ],
-)
-def test_bad_arguments_are_refused_and_leave_no_folder(tmp_path, kwargs, message):
-    with pytest.raises(run.BadInput, match=message):
-        train(tmp_path, **kwargs)
-    assert not list(tmp_path.iterdir())

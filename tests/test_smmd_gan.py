@@ -602,24 +602,3 @@ def test_rate_on_pixels_is_decided_by_the_noise(tmp_path, monkeypatch):
     options = ["--lr-schedule", "kid", "--n-critic", "1", "--warmup-critic", "1", "--total-steps", "11"]
     smoke(tmp_path, *options, "--eval-every", "1")
     assert floors == [1e-12]
-
-
-@pytest.mark.parametrize(
-    ("options", "flag"),
-    [
-        ("--constraint swgan --kernel rbf", "--constraint"),
-        ("--constraint swgan --feature-dim 2", "--constraint"),
-        ("--scale-form poster --kernel distance", "--kernel"),
-        ("--n-critic 0", "--n-critic"),
-        ("--lambda-gp -1", "--lambda-gp"),
-        ("--clip-norm -1", "--clip-norm"),
-        ("--bandwidths 0", "--bandwidths"),
-        ("--lr-schedule kid --eval-every 0", "--lr-schedule"),
-        ("--as-coded", "--as-coded"),
-        ("--scale-form poster --constraint none", "--scale-form"),
-    ],
-)
-def test_bad_input_is_refused_before_a_folder_is_made(options, flag, tmp_path):
-    with pytest.raises(run.BadInput, match=flag):
-        smoke(tmp_path, *options.split())
-    assert not list(tmp_path.iterdir())
