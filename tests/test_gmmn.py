@@ -1,9 +1,10 @@
-"""gmmn.py against the paper: loss, auto-encoder, networks, schedule, bandwidths."""
+"""gmmn.py against the paper: loss, auto-encoder, networks, bandwidths."""
 
 import math
 
 import pytest
 import torch
+from conftest import parameters
 
 import gmmn as script
 
@@ -43,11 +44,10 @@ def test_published_bandwidths_are_variances():
 
 
 def test_parameter_counts():
-    count = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
-    assert count(script.Generator((1, 28, 28), 10, 1024, False)) == 1_149_904
-    assert count(script.Generator((32,), 10, 1024, False)) == 379_104
-    assert count(script.Autoencoder((1, 28, 28), 32, 1024)) == 1_674_032
-    assert count(script.Generator((2,), 2, 512, True)) == 527_874
+    assert parameters(script.Generator((1, 28, 28), 10, 1024, False)) == 1_149_904
+    assert parameters(script.Generator((32,), 10, 1024, False)) == 379_104
+    assert parameters(script.Autoencoder((1, 28, 28), 32, 1024)) == 1_674_032
+    assert parameters(script.Generator((2,), 2, 512, True)) == 527_874
 
 
 def test_initialisation():
@@ -85,33 +85,3 @@ def test_autoencoder_loss_and_its_dropout():
     assert script.autoencoder_loss(autoencoder, x).item() == pytest.approx(expected.item(), rel=1e-5)
     autoencoder.eval()
     assert torch.equal(autoencoder.encode(x), autoencoder.encode(x))
-
-
-def test_drop_of_learning_rate_and_momentum(tmp_path):
-    """After drop_step the learning rate is a tenth, and momentum 0.9 becomes 0.99."""
-    args = script.Args(
-        total_steps=2,
-        drop_step=1,
-        batch_size=8,
-        width=16,
-        eval_every=0,
-        runs_dir=str(tmp_path),
-        optimizer="sgd",
-    )
-    script.train(args)
-    (folder,) = tmp_path.iterdir()
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    group = state["g_optimizer"]["param_groups"][0]
-    assert (group["lr"], group["momentum"]) == pytest.approx((0.02, 0.99))
-
-
-def test_autoencoder_is_trained_before_the_generator_and_then_frozen(tmp_path):
-    settings = {"batch_size": 100, "width": 16, "ae_steps": 2, "eval_every": 0, "autoencoder": True}
-    script.train(script.Args(total_steps=1, runs_dir=str(tmp_path / "a"), **settings))
-    script.train(script.Args(total_steps=3, runs_dir=str(tmp_path / "b"), **settings))
-    a, b = (
-        torch.load(next((tmp_path / name).iterdir()) / "checkpoint.pt", weights_only=True) for name in "ab"
-    )
-    assert a["autoencoder"]["updates"] == 6
-    assert all(torch.equal(a["autoencoder"][key], b["autoencoder"][key]) for key in a["autoencoder"])
-    assert a["generator"]["layers.8.weight"].shape == (32, 16)  # it makes codes
