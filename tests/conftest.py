@@ -17,3 +17,7 @@ class Malicious:
 
     def __reduce__(self):
         return self.call
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())

@@ -51,6 +51,20 @@ def test_statistics_are_those_of_numpy_whatever_the_parts(sizes):
     assert np.allclose(found["covariance"], np.cov(x.double().numpy(), rowvar=False), rtol=1e-12)
 
 
+def with_statistics(n, mean, stds, seed=0):
+    """Samples whose mean is exactly mean and whose unbiased covariance is exactly diag(stds^2)."""
+    raw = randn(n, len(mean), seed=seed)
+    orthonormal = torch.linalg.qr(raw - raw.mean(0))[0]
+    return orthonormal * math.sqrt(n - 1) * torch.tensor(stds) + torch.tensor(mean)
+
+
+def test_frechet_distance_of_diagonal_gaussians():
+    """|difference of means|^2 + sum of (difference of standard deviations)^2, for unequal counts too."""
+    x = with_statistics(50, [0.0, 1.0, -2.0], [1.0, 2.0, 0.5], seed=1)
+    y = with_statistics(31, [1.0, 1.0, 1.0], [3.0, 2.0, 0.25], seed=2)
+    assert frechet_distance(x, y) == pytest.approx(1 + 0 + 9 + 4 + 0 + 0.0625, rel=1e-10)
+
+
 def test_frechet_distance_agrees_with_torch_fidelity():
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
@@ -72,6 +86,14 @@ def test_frechet_distance_of_singular_covariances(n, m, d):
     mean = ((x.mean(0) - y.mean(0)) ** 2).sum().item()
     expected = mean + (a * a).sum() + (b * b).sum() - 2 * cross
     assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-6)
+
+
+def test_frechet_distance_is_computed_in_float64():
+    """A mean of 1000 and a spread of 0.01 in float32."""
+    x = (1000 + 0.01 * randn(100, 5, seed=1)).float()
+    y = (1000 + 0.02 * randn(100, 5, seed=2)).float()
+    expected = frechet_distance((x.double() - 1000) * 100, (y.double() - 1000) * 100) / 1e4
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-5)
 
 
 # --- kernel distance (KID) -----------------------------------------------------------------------
@@ -113,6 +135,16 @@ def test_kernel_distance_is_float64_where_float32_is_not_enough():
         exact.append(float(mmd2(*((p @ q.T / 4 + 1) ** 3 for p, q in ((a, a), (a, b), (b, b))))))
     value, error = kernel_distance(x, y, 5)
     assert value == pytest.approx(np.mean(exact), abs=1e-4 * error)
+
+
+def test_kernel_distance_of_gaussians_has_its_closed_form():
+    """N(0, I) and N(0.5, I) in 8 dimensions: 1.117188."""
+    d, a = 8, 8 * 0.25
+    moments = (1 + a / d) ** 3 + 3 * (1 + a / d) * (2 * a + d) / d**2 + 6 * a / d**3
+    closed_form = (1 + 3 / d) + moments - 2 * (1 + 3 * (a + d) / d**2)
+    assert closed_form == pytest.approx(1.117188, abs=1e-6)
+    values = [kernel_distance(randn(4000, d, seed=s), randn(4000, d, seed=s + 9) + 0.5, 8)[0] for s in (1, 2)]
+    assert np.mean(values) == pytest.approx(closed_form, rel=0.06)
 
 
 # --- three-sample test ---------------------------------------------------------------------------
@@ -197,6 +229,26 @@ def test_the_variance_is_estimated_without_much_bias(degenerate):
         shared = 4 / 100 * (new["by_real"] - old["by_real"]).var()
         found.append((new["variance"] + old["variance"] + shared).item())
     assert np.mean(found) == pytest.approx(exact_variance(laws, 100), rel=0.05)
+
+
+def test_the_test_is_calibrated():
+    """d = 8, 200 samples, both shifted by 0.5: t has the standard deviation 1 (0.97 in methods.md 12.4)."""
+    found = []
+    for seed in range(400):
+        x, y, z = (randn(200, 8, seed=3 * seed + i) + (0.5 if i else 0.0) for i in range(3))
+        sums = evaluation.kernel_sums(x, y), evaluation.kernel_sums(x, z)
+        found.append(evaluation.three_sample_test(*sums))
+    t, p = np.array(found).T
+    assert t.std() == pytest.approx(1, abs=0.08)
+    assert abs(t.mean()) < 0.15
+    assert np.mean(p <= 0.1) == pytest.approx(0.1, abs=0.04)
+
+
+def test_an_improvement_is_seen_and_its_opposite_is_not():
+    x, near, far = randn(200, 8, seed=1), randn(200, 8, seed=2) + 0.1, randn(200, 8, seed=3) + 0.6
+    near, far = evaluation.kernel_sums(x, near), evaluation.kernel_sums(x, far)
+    assert evaluation.three_sample_test(near, far)[1] < 0.001
+    assert evaluation.three_sample_test(far, near)[1] > 0.999
 
 
 # --- learning rate by KID ------------------------------------------------------------------------
@@ -896,6 +948,18 @@ def test_distances_on_other_weights_are_named_after_them(random_inception, tmp_p
     assert set(near) == {f"{name.replace('fid', 'frechet')}[{weights}]" for name in METRICS}
     assert far[f"frechet[{weights}]"] > 10 * abs(near[f"frechet[{weights}]"])
     assert near[f"precision[{weights}]"] == near[f"recall[{weights}]"] == 1 > far[f"precision[{weights}]"]
+
+
+@pytest.mark.slow
+def test_a_run_on_a_weights_file(random_inception, tmp_path):
+    """A script's whole training with evaluation on a real Inception network, offline."""
+    options = ["--width", "4", "--batch-size", "16", "--total-steps", "1", "--eval-every", "1"]
+    options += ["--eval-samples", "10", "--eval-features", "inception", "--data-dir", str(tmp_path)]
+    options += ["--inception-weights", str(random_inception), "--runs-dir", str(tmp_path / "runs")]
+    module = mmd_gan_repulsive
+    metrics = module.train(run.parse(module.Args, options))
+    assert len(metrics) == len(METRICS)
+    assert all(math.isfinite(value) for value in metrics.values())
 
 
 def refused_weights(path):

@@ -569,3 +569,30 @@ def test_command_line_in_a_process_of_its_own(tmp_path):
     good = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (good.returncode, good.stderr) == (0, "")  # quiet where there is no terminal
     assert good.stdout.splitlines()[-1].startswith("runs/digits__mmd_gan_repulsive__1__")
+
+
+@pytest.mark.slow
+def test_cifar10_in_the_original_format_at_the_papers_width(tmp_path):
+    """A few genuine-format images, the paper's networks, two steps; without the archive, one clear line."""
+    import pickle
+    import tarfile
+
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for i in range(1, 6):
+        data = np.random.default_rng(i).integers(0, 256, (4, 3072), dtype=np.uint8)
+        (folder / f"data_batch_{i}").write_bytes(pickle.dumps({"data": data, "labels": [0] * 4}, protocol=2))
+    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as archive:
+        archive.add(folder, folder.name)
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    module = import_module("mmd_gan_repulsive")
+    options = ["--dataset", "cifar10", "--data-dir", str(tmp_path), "--batch-size", "4", "--total-steps", "2"]
+    options += ["--eval-features", "pixels", "--eval-every", "2", "--kernel", "rbf-b"]
+    options += ["--runs-dir", str(tmp_path / "r")]
+    metrics = module.train(run.parse(module.Args, options))
+    assert math.isfinite(metrics["pixel_frechet"])
+    state = checkpoint(next((tmp_path / "r").iterdir()))
+    assert state["args"]["width"] == 64
+    assert state["generator"]["layers.0.weight"].shape == (8192, 128)

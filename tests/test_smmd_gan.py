@@ -33,11 +33,15 @@ def test_scale_of_a_linear_critic():
     x = randn(5, 3).requires_grad_()
     norm2 = S.jacobian_norm2(x @ W.T, x, create_graph=False)
     assert norm2.tolist() == [34.0] * 5
-    assert S.distance_scale(x @ W.T, x, arguments(), create_graph=False).item() == pytest.approx(0.00293255, rel=1e-6)
+    assert S.distance_scale(x @ W.T, x, arguments(), create_graph=False).item() == pytest.approx(
+        0.00293255, rel=1e-6
+    )
     x_signed = (2 * x.detach() - 1).requires_grad_()  # the same function of pixels in [-1, 1]
     norm2 = S.jacobian_norm2((x_signed + 1) / 2 @ W.T, x_signed, create_graph=False)
     assert norm2.tolist() == pytest.approx([8.5] * 5)
-    forty = S.distance_scale((x_signed + 1) / 2 @ W.T, x_signed, arguments(lambda_scale=40.0), create_graph=False)
+    forty = S.distance_scale(
+        (x_signed + 1) / 2 @ W.T, x_signed, arguments(lambda_scale=40.0), create_graph=False
+    )
     assert forty.item() == pytest.approx(0.00293255, rel=1e-6)
 
 
