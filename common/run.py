@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 # What a resumed run may change; anything else would make it another run.
-MAY_CHANGE = {"total_steps", "log_every", "sample_every", "eval_every", "save_every", "device", "compile"}
-MAY_CHANGE |= {"runs_dir", "data_dir", "inception_weights", "track", "resume", "eval_only"}
-MAY_CHANGE |= {"eval_samples", "eval_features", "eval_split", "eval_metrics", "ms_ssim"}
+EVAL_ARGS = {"eval_every", "eval_samples", "eval_features", "eval_split", "eval_metrics", "inception_weights"}
+MAY_CHANGE = EVAL_ARGS | {"total_steps", "log_every", "sample_every", "save_every", "ms_ssim", "eval_only"}
+MAY_CHANGE |= {"device", "compile", "runs_dir", "data_dir", "track", "resume"}
 # Bounds of arguments that several scripts have. Squares of rates and bandwidths must be floats, too.
 LEAST = dict.fromkeys(("log_every", "sample_every", "eval_every", "save_every", "seed"), 0)
 LEAST |= dict.fromkeys(("beta1", "beta2", "momentum", "ema_decay"), 0)
@@ -374,27 +374,22 @@ def load_checkpoint(args, script: str, models: dict) -> int:
     except Exception as error:
         raise BadInput(f"--resume: {path} is missing, damaged or no checkpoint ({error!r:.90})") from error
     require(saved_script == script, "--resume", args.resume, f"a run of {script}.py, not {saved_script}.py")
-    may_change = set(MAY_CHANGE)
+    may_change = MAY_CHANGE
     if getattr(args, "lr_schedule", "constant") == "kid" and not args.eval_only:
-        # Evaluations decide the learning rate: they must stay what they were.
-        may_change -= {"eval_every", "eval_samples", "eval_features", "eval_split", "eval_metrics"}
-        may_change -= {"inception_weights"}
+        may_change = MAY_CHANGE - EVAL_ARGS  # evaluations decide the learning rate
     changed = [
         f"--{key.replace('_', '-')} {value} (was {saved.get(key)})"
         for key, value in dataclasses.asdict(args).items()
         if key not in may_change and value != saved.get(key)
     ]
     require(not changed, "--resume", args.resume, f"without a change of {', '.join(changed)}")
-    if not args.eval_only:
-        require(
-            args.total_steps >= state["step"], "--total-steps", args.total_steps, f"{state['step']} or more"
-        )
+    ok = args.eval_only or args.total_steps >= state["step"]
+    require(ok, "--total-steps", args.total_steps, f"{state['step']} or more")
     try:
         for name, model in models.items():
             model.load_state_dict(state[name])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise BadInput(
-            f"--resume: {path} does not fit the networks of {script}.py ({error!s:.90})"
-        ) from error
+        problem = f"does not fit the networks of {script}.py ({error!s:.90})"
+        raise BadInput(f"--resume: {path} {problem}") from error
     check_replicas(models, state["step"])
     return state["step"]
