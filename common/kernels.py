@@ -19,32 +19,18 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-class _Gather(torch.autograd.Function):
-    """(B, d) on each of N processes -> (N * B, d); PyTorch's own is deprecated or private."""
+class _Sum(torch.autograd.Function):
+    """The sum over processes, which is its own adjoint; PyTorch's own is deprecated or private."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return _SumAndSplit.apply(grad)
-
-
-class _SumAndSplit(torch.autograd.Function):
-    """The adjoint of _Gather: sum (N * B, d) over processes, keep one's own (B, d)."""
-
-    @staticmethod
-    def forward(ctx, grad: Tensor) -> Tensor:
-        total = grad.clone(memory_format=torch.contiguous_format)
+        total = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
-        return total.chunk(dist.get_world_size())[dist.get_rank()].clone()
+        return total
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        return _Gather.apply(grad)
+        return _Sum.apply(grad)
 
 
 def gather(features: Tensor) -> Tensor:
@@ -54,8 +40,11 @@ def gather(features: Tensor) -> Tensor:
     has to say about this one's features, so gradients that are then averaged over processes are those
     of one process with the whole batch. Twice differentiable; on one process the identity.
     """
-    single = not dist.is_initialized() or dist.get_world_size() == 1
-    return features if single else _Gather.apply(features)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return features
+    parts = [torch.zeros_like(features)] * dist.get_world_size()  # each process adds its own
+    parts[dist.get_rank()] = features
+    return _Sum.apply(torch.cat(parts))
 
 
 def average_gradients(*modules: nn.Module) -> None:
