@@ -62,17 +62,11 @@ def average_gradients(*modules: nn.Module) -> None:
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """Return d2[i, j] = ||x_i - y_j||^2, clamped at 0.
+    """Return d2[i, j] = ||x_i - y_j||^2 (n, m), clamped at 0, of x (n, d) and y (m, d).
 
     ||x||^2 + ||y||^2 - 2 <x, y> after taking the joint mean off both, which leaves distances as they
-    are and removes the cancellation between large terms that features far from 0 would cause.
-
-    Args:
-        x: (n, d).
-        y: (m, d).
-
-    Returns:
-        (n, m), at least float32, differentiable any number of times.
+    are and removes the cancellation between large terms that features far from 0 would cause. At least
+    float32, differentiable any number of times.
     """
     x, y = at_least_float32(x), at_least_float32(y)
     with torch.autocast(x.device.type, enabled=False):
@@ -83,19 +77,15 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def squared_distance_blocks(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return d2_xx (n, n), d2_xy (n, m), d2_yy (m, m); the diagonals of d2_xx and d2_yy are exactly 0.
+    """Return d2_xx (n, n), d2_xy (n, m), d2_yy (m, m) of real x (n, d) and fake y (m, d).
 
-    Args:
-        x: (n, d), real features.
-        y: (m, d), fake features.
+    A point's distance to itself is exactly 0: rounding must neither move it nor send gradients through it.
     """
-    d2_xx, d2_xy, d2_yy = squared_distances(x, x), squared_distances(x, y), squared_distances(y, y)
-    # A point's distance to itself: rounding must neither move it nor send gradients through it.
-    return _zero_diagonal(d2_xx), d2_xy, _zero_diagonal(d2_yy)
 
+    def within(z: Tensor) -> Tensor:
+        return squared_distances(z, z).masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), 0)
 
-def _zero_diagonal(d2: Tensor) -> Tensor:
-    return d2.masked_fill(torch.eye(len(d2), dtype=torch.bool, device=d2.device), 0)
+    return within(x), squared_distances(x, y), within(y)
 
 
 # --- kernels of squared distances ----------------------------------------------------------------
