@@ -136,14 +136,10 @@ RADIAL = {
 }
 
 
-def gram_blocks(
-    x: Tensor, y: Tensor, kernel: str, bandwidths: tuple[float, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the Gram matrices k_xx (n, n), k_xy (n, m), k_yy (m, m), twice differentiable.
+def gram_blocks(x: Tensor, y: Tensor, kernel: str, bandwidths: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    """Return k_xx (n, n), k_xy (n, m), k_yy (m, m) of real x (n, d) and fake y (m, d), twice differentiable.
 
     Args:
-        x: (n, d), real features.
-        y: (m, d), fake features.
         kernel: rbf, rq, laplacian, distance; rq-linear, which adds <a, b> to rq (the published rq*);
             linear, <a, b> alone.
         bandwidths: sigma of rbf and laplacian, alpha of rq; not read by distance and linear.
@@ -162,11 +158,7 @@ def gram_blocks(
 
 
 def off_diagonal_mean(k: Tensor) -> Tensor:
-    """Return the mean of a square matrix (n, n) without its diagonal, whatever stands there.
-
-    Raises:
-        ValueError: the matrix is not square or smaller than 2 x 2.
-    """
+    """Return the mean of a square matrix (n, n), n > 1, without its diagonal, whatever stands there."""
     n = len(k)
     if k.shape != (n, n) or n < 2:
         raise ValueError(f"needs a square matrix of at least 2 x 2, got {tuple(k.shape)}")
@@ -177,18 +169,10 @@ def mmd2(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor, estimator: str) -> Tensor:
     """Return an estimate of MMD^2 = E k(x, x') - 2 E k(x, y) + E k(y, y') (Gretton et al. 2012).
 
     Args:
-        k_xx: (n, n), real-real.
-        k_xy: (n, m), real-fake.
-        k_yy: (m, m), fake-fake.
+        k_xx, k_xy, k_yy: as from gram_blocks.
         estimator: "biased", diagonals kept, never negative but for rounding; "unbiased", diagonals of
             k_xx and k_yy dropped; "u-statistic", that of k_xy dropped too (Wang et al. 2019, Eq. S4),
             which asks for n = m. The last two have mean 0 and either sign when real and fake agree.
-
-    Returns:
-        A scalar.
-
-    Raises:
-        ValueError: an unknown estimator; fewer than 2 samples a side for the last two.
     """
     if estimator == "biased":
         return k_xx.mean() - 2 * k_xy.mean() + k_yy.mean()
