@@ -143,11 +143,7 @@ class Images(Batches):
 
 
 def kind(name: str) -> str:
-    """Return toys, folder, mnist for both MNISTs, or the name: what a script's table DEFAULTS is keyed by.
-
-    Raises:
-        BadInput: there is no such data set, or no such folder.
-    """
+    """Return toys, folder, mnist for both MNISTs, or the name: what a script's table DEFAULTS is keyed by."""
     folder = name.startswith("folder:") and os.path.isdir(name.removeprefix("folder:"))
     names = f"one of {', '.join((*TOYS, *IMAGES))}, or folder:PATH with the PATH of a folder"
     require(folder or name in TOYS or name in IMAGES, "--dataset", name, names)
@@ -161,15 +157,9 @@ def to_uint8(images: Tensor, value_range: tuple[float, float]) -> Tensor:
 
 
 def load(args, split: str, value_range: tuple[float, float], device, rank: int, world_size: int) -> Batches:
-    """Return the data set args.dataset in batches of args.batch_size (over all processes).
+    """Return split (train, test, all) of the data set args.dataset, in batches of args.batch_size.
 
-    Args:
-        args: dataset, data_dir, image_size, batch_size and seed are read.
-        split: train, test, or all.
-        value_range: what the pixel values 0 and 255 become; not read for toys.
-
-    Raises:
-        BadInput: an unknown name, missing or damaged files, a set smaller than a batch.
+    Of args data_dir, image_size and seed are read too. value_range: what the pixel values 0 and 255 become.
     """
     batches = args.batch_size, args.seed, rank, world_size, device
     if args.dataset in TOYS:
@@ -232,9 +222,6 @@ def load_images(name: str, data_dir: str, image_size: int | None, split: str) ->
 
     split: of stl10 train is the unlabelled images; of lsun-bedroom and imagenet test is their validation
     images; of celeba all has its validation images too.
-
-    Raises:
-        BadInput: as load.
     """
     folder, data_dir = kind(name) == "folder", Path(data_dir)
     if folder or name == "digits":
@@ -414,9 +401,6 @@ def write_array(path: Path, shape: tuple[int, ...], items: Iterable, convert: Ca
 
     What a killed process left is gone on from, but for the last chunk, which may not have reached the disk.
     One process writes, others wait for it. A file of another size or header is made anew.
-
-    Raises:
-        BadInput: the file cannot be written, or convert raised it. SystemExit: a signal asked to stop.
     """
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
