@@ -50,11 +50,7 @@ class Evaluator:
     """
 
     def __init__(self, args) -> None:
-        """Read dataset, device, data_dir, ms_ssim, inception_weights and all that begins with eval of args.
-
-        Raises:
-            BadInput: Inception weights that cannot be had; MS-SSIM of a toy, or without its library.
-        """
+        """Of args dataset, device, data_dir, ms_ssim, inception_weights and all of eval_... are read."""
         self.args, self.extractor, self.weights = args, pixels, None
         self.device, self.rank, self.world_size = run.start(args.device)  # that of the run, if it has begun
         toy = args.dataset in datasets.TOYS
@@ -70,11 +66,7 @@ class Evaluator:
             self.extractor = lambda images: extractor(images)[:1]  # without logits
 
     def set_reference(self, data: datasets.Batches) -> None:
-        """Take the images of data, or of another split if args say so, for the real ones.
-
-        Raises:
-            BadInput: no such split, too few images.
-        """
+        """Take the images of data, or of another split if args say so, for the real ones."""
         args, self.data = self.args, data
         if data.name in datasets.TOYS:
             self.count = TOY_SAMPLES
@@ -252,9 +244,8 @@ def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100, size: int = 1000) 
     KID is the mean over random subsets. The error is the delete-d jackknife's, which scales their spread by
     size / (n - size) for what sampling n images does, plus 1 / subsets for what drawing subsets does.
 
-    Args:
-        x, y: features (n, d) and (m, d).
-        subsets: how many; each has min(size, n / 2, m / 2) of either side, without replacement.
+    x, y: features (n, d) and (m, d), of which each subset has min(size, n / 2, m / 2), drawn without
+    replacement.
     """
     generator, n = torch.Generator().manual_seed(0), min(len(x), len(y))
     size, values = min(size, n // 2), []
@@ -297,12 +288,7 @@ def load_inception(path: str | None, device: torch.device) -> tuple[Callable, st
     """Return torch-fidelity's Inception and the first 8 digits of the sha256 of its weights.
 
     It takes uint8 images (n, c, h, w), grey ones too, and returns features (n, 2048) and logits (n, 1008).
-
-    Args:
-        path: a weights file; None takes torch.hub's copy, downloading it where there is none.
-
-    Raises:
-        BadInput: the file cannot be had or does not hold these weights.
+    path: a weights file; None takes torch.hub's copy, downloading it where there is none.
     """
     from torch_fidelity.utils import create_feature_extractor
 
@@ -316,10 +302,9 @@ def load_inception(path: str | None, device: torch.device) -> tuple[Callable, st
         options = dict(feature_extractor_weights_path=str(file), cuda=device.type == "cuda", verbose=False)
         network = create_feature_extractor("inception-v3-compat", ["2048", "logits_unbiased"], **options)
     except Exception as error:
-        raise BadInput(
-            f"--inception-weights {file} is missing or damaged ({str(error) or repr(error):.90});"
-            f" put the file of {INCEPTION_URL} there, or use --eval-features pixels"
-        ) from error
+        remedy = f"put the file of {INCEPTION_URL} there, or use --eval-features pixels"
+        problem = f"is missing or damaged ({str(error) or repr(error):.90}); {remedy}"
+        raise BadInput(f"--inception-weights {file} {problem}") from error
     if weights not in INCEPTION_URL and os.environ.get("RANK", "0") == "0":
         print(f"warning: {file} is not the published Inception: its distances are no FID and no KID")
     network.to(memory_format=torch.channels_last)  # on a CPU, too, half as fast again
@@ -353,13 +338,10 @@ def write_reference(path: Path, reference: dict[str, Tensor]) -> None:
 
 
 def kernel_sums(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-    """Return what a three-sample test needs of fake features: small enough to be kept for later tests.
+    """Return what a three-sample test needs of fake features (n, d): small enough to be kept for later tests.
 
     value: the part of the unbiased MMD^2 that depends on fake. variance: its own part of the test's variance.
-    by_real: (n,), the mean of the kernel between each real and all fake.
-
-    Args:
-        real, fake: features (n, d), n at least 3; real must be the same in both sides of a test.
+    by_real: (n,), the mean of the kernel between each real and all fake. Real is the same in all tests.
     """
     n = len(real)
     real, fake = real.double(), fake.double()
@@ -377,11 +359,8 @@ def kernel_sums(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
 def three_sample_test(new: dict, old: dict, floor: float = 1e-5) -> tuple[float, float]:
     """Return t = (MMD^2(X, Y) - MMD^2(X, Z)) / sqrt(max(v, floor)) and p = Phi(t), small if Y improves on Z.
 
-    v is the variance of the difference of two U-statistics that share X: first- and second-order terms
-    (Bounliphone et al. 2016; Binkowski et al. 2018, whose code has the floor).
-
-    Args:
-        new, old: kernel_sums of X with Y and with Z.
+    new, old: kernel_sums of X with Y and with Z. v is the variance of the difference of two U-statistics that
+    share X: first- and second-order terms (Bounliphone et al. 2016; Binkowski et al. 2018, with the floor).
     """
     variance = new["variance"] + old["variance"]
     variance = variance + 4 / len(new["by_real"]) * (new["by_real"] - old["by_real"]).var()
