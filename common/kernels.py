@@ -201,9 +201,6 @@ def fused_mmd2(x: Tensor, y: Tensor, kernel: str, bandwidths: tuple[float, ...],
 
     For rbf and rq only a tile of the Gram matrix is ever held, and there is no second derivative
     (RuntimeError); other kernels take the plain way. Arguments: as for gram_blocks and mmd2.
-
-    Raises:
-        ValueError: an unknown estimator, or numbers of samples that it does not allow.
     """
     if kernel not in ("rbf", "rq"):
         return mmd2(*gram_blocks(x, y, kernel, bandwidths), estimator)
