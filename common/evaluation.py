@@ -32,10 +32,8 @@ from tqdm import tqdm
 from common import datasets, kernels, run
 from common.run import BadInput, mix, require
 
-INCEPTION_URL = (
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-    "weights-inception-2015-12-05-6726825d.pth"  # the sha256 of the file begins with 6726825d
-)
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # the sha256 of the file begins with 6726825d
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
 CHUNK = 256  # samples generated at a time, by one process
 TOY_SAMPLES = 2000
 TEST_SAMPLES = 2048  # in a three-sample test
@@ -109,10 +107,8 @@ class Evaluator:
         """Return, to the first process, what extractors make of images: the statistics of their features, and
         all their outputs, each (count, d) float32 on the CPU; of features that serve FID alone none is kept.
 
-        Args:
-            chunk: of i, images i * CHUNK to (i + 1) * CHUNK, uint8. Process r of N is asked for every N-th
-                from the r-th on.
-            extractors: each returns a tuple of tensors (n, d) for at most 64 images; features come first.
+        chunk: of i, images i * CHUNK to (i + 1) * CHUNK, uint8; process r of N asks for every N-th from r on.
+        extractors: each returns a tuple of tensors (n, d) for at most 64 images; features come first.
         """
         statistics, kept, last = Statistics(), [], (self.count - 1) // CHUNK
         quiet = None if self.rank == 0 else True
@@ -130,10 +126,7 @@ class Evaluator:
         return statistics, [torch.cat(parts) for parts in zip(*kept)]
 
     def samples(self, sample: Callable[[int, int], Tensor]) -> Iterable[Tensor]:
-        """Yield the samples that are evaluated, in chunks, whichever process asks.
-
-        All are drawn CHUNK at a time, cut afterwards: batch statistics want a batch.
-        """
+        """Yield what is evaluated, drawn CHUNK at a time, then cut: batch statistics want a batch."""
         for i, start in enumerate(range(0, self.count, CHUNK)):
             yield sample(CHUNK, i)[: self.count - start]
 
@@ -292,7 +285,7 @@ def load_inception(path: str | None, device: torch.device) -> tuple[Callable, st
     """
     from torch_fidelity.utils import create_feature_extractor
 
-    file = Path(path or Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION_URL).name))
+    file = Path(path or Path(torch.hub.get_dir(), "checkpoints", INCEPTION))
     try:
         if path is None and not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -369,14 +362,12 @@ def three_sample_test(new: dict, old: dict, floor: float = 1e-5) -> tuple[float,
 
 
 class KidSchedule:
-    """Lowers a learning rate where KID stops improving (code of Binkowski et al. 2018).
+    """Lowers a learning rate, by factor, where KID stops improving (code of Binkowski et al. 2018).
 
     The first 10 evaluations are remembered, each further one is tested against the oldest: if better (p at
     most 0.1) it takes the oldest's place. The third in a row that is not lowers the rate, and of the memory
-    only the last two and itself are left.
-
-    factor: that the rate is multiplied by. features: inception has that code's floor of the test's variance;
-    pixels have none, to speak of: their KID is smaller.
+    only the last two and itself are left. Of inception the test's variance has that code's floor; of pixels,
+    whose KID is smaller, none to speak of.
     """
 
     def __init__(self, factor: float, features: str = "inception") -> None:
