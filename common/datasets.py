@@ -105,9 +105,8 @@ class Images(Batches):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        n = len(self.images)
-        expected = f"at most {n}, the size of {self.name}"
-        require(self.batch_size <= n, "--batch-size", self.batch_size, expected)
+        n, size = len(self.images), self.batch_size
+        require(size <= n, "--batch-size", size, f"at most {n}, the size of {self.name}")
         self.epoch = self.next = -1
         here = self.images.device.type == self.device.type and self.images.nbytes <= IN_MEMORY
         self.reader = None if here else ThreadPoolExecutor(1)
@@ -267,8 +266,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> object:
         reconstruct = np.ndarray(0).__reduce__()[0]  # its module differs between versions of NumPy
-        allowed = {"_reconstruct": reconstruct, "encode": codecs.encode}
-        allowed |= {"ndarray": np.ndarray, "dtype": np.dtype}
+        allowed = dict(_reconstruct=reconstruct, ndarray=np.ndarray, dtype=np.dtype, encode=codecs.encode)
         if module.split(".")[0] in ("numpy", "_codecs") and name in allowed:
             return allowed[name]
         raise pickle.UnpicklingError(f"holds {module}.{name}, which image data does not need")
