@@ -339,8 +339,7 @@ def save_results(folder: Path, writer, args, step: int, metrics: dict, protocol:
     for name, value in metrics.items():
         writer.add_scalar(f"eval/{name}", value, step)
     writer.add_text("eval/protocol", table(protocol), step)
-    results = {"step": step, "metrics": metrics, "protocol": protocol}
-    write_json(folder / "results.json", results)
+    write_json(folder / "results.json", {"step": step, "metrics": metrics, "protocol": protocol})
     tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
 
