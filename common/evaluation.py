@@ -318,11 +318,10 @@ def read_reference(path: Path) -> dict[str, Tensor] | None:
 
 def write_reference(path: Path, reference: dict[str, Tensor]) -> None:
     """Write a reference whole or not at all; where that cannot be, a warning says so."""
-    arrays = {name: tensor.numpy() for name, tensor in reference.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name("lock")):  # another run may have come to the same
-            run.write_whole(path, lambda file: np.savez(file, **arrays))
+            run.write_whole(path, lambda file: np.savez(file, **reference))
     except OSError as error:
         print(f"warning: {path} could not be written ({error}): to be computed again next time")
 
