@@ -98,7 +98,8 @@ def lines_of_train(script):
 def test_shared_sections_are_identical(script):
     strip = lambda text: text.replace("import math\n", "")  # noqa: E731
     for first, last in (("# --- imports", "# --- arguments"), ("    # --- run ---", "    # --- method ---")):
-        assert strip(section(script, first, last)) == strip(section("mmd_gan_repulsive", first, last))
+        a, b = (strip(section(name, first, last)).splitlines() for name in ("mmd_gan_repulsive", script))
+        assert a == b, "\n".join(difflib.unified_diff(a, b, "mmd_gan_repulsive", script, lineterm="", n=0))
 
 
 # What is reached, in percent of the lines of train (a point is left for a line or two): only to be raised.
@@ -136,6 +137,7 @@ def test_every_script_has_its_cases(script):
         "FLOORS of test_scripts": {name for pair in FLOORS for name in pair},
         "BAD of test_scripts": {row.split()[0] for row in BAD},
         "CASES of test_updates": {name for name, _ in test_updates.CASES},
+        "GAMES and METHOD of test_updates": test_updates.GAMES.keys() & test_updates.METHOD.keys(),
         "CASES of test_distributed": {name for name, _ in test_distributed.CASES},
         "CASES of test_hot_loop": {row.split()[0] for row in test_hot_loop.CASES},
         "SCRIPTS of reproduce/speed.py": speed.SCRIPTS,
@@ -286,7 +288,9 @@ def test_help_is_in_two_groups(script, capsys):
     with pytest.raises(SystemExit) as exit_:
         run.parse(args_class, ["--help"])
     assert exit_.value.code == 0
-    shared, method = capsys.readouterr().out.split("\n method\n")
+    text = capsys.readouterr().out
+    assert not re.search("--- (run|method) ---", text), "a flag's help must end the line that the flag begins"
+    shared, method = text.split("\n method\n")
     flags = [f"\n  --{field.name.replace('_', '-')}" for field in fields(args_class)]
     cut = flags.index("\n  --track") + 1
     assert " run (the same in every script)" in shared

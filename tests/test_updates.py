@@ -345,7 +345,7 @@ def test_updates_by_hand(name, options, layout, tmp_path, monkeypatch):
         torch.testing.assert_close(ema[f"module.{key}"], average, rtol=1e-7, atol=1e-8)
     for part, model in models.items():
         # Adam makes 1e-9 of the rounding in a gradient that is 0, such as that of the critic's last bias.
-        floor = 1e-11 if part.endswith("optimizer") else 1e-8  # a step is about 1e-3
+        floor = 1e-11 if part.endswith("optimizer") else 1e-7  # a step is about 1e-3
         (got, _), (wanted, _) = (tree_flatten_with_path(content(m)) for m in (trained[part], model))
         for (where, a), (_, b) in zip(got, wanted, strict=True):
             a, b = (torch.as_tensor(0.0 if value is None else value).double() for value in (a, b))
