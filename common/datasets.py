@@ -142,7 +142,10 @@ class Images(Batches):
 
 
 def kind(name: str) -> str:
-    """Return toys, folder, mnist for both MNISTs, or the name: what a script's table DEFAULTS is keyed by."""
+    """Return toys, folder, mnist for both MNISTs, or the name: what a script's table DEFAULTS is keyed by.
+
+    BadInput: there is no such data set, or no such folder.
+    """
     folder = name.startswith("folder:") and os.path.isdir(name.removeprefix("folder:"))
     names = f"one of {', '.join((*TOYS, *IMAGES))}, or folder:PATH with the PATH of a folder"
     require(folder or name in TOYS or name in IMAGES, "--dataset", name, names)
@@ -159,6 +162,7 @@ def load(args, split: str, value_range: tuple[float, float], device, rank: int, 
     """Return split (train, test, all) of the data set args.dataset, in batches of args.batch_size.
 
     Of args data_dir, image_size and seed are read too. value_range: what the pixel values 0 and 255 become.
+    BadInput: an unknown name, missing or damaged files, a set smaller than a batch.
     """
     batches = args.batch_size, args.seed, rank, world_size, device
     if args.dataset in TOYS:
@@ -220,7 +224,7 @@ def load_images(name: str, data_dir: str, image_size: int | None, split: str) ->
     """Return all images of a split as uint8 (N, c, h, w), resized where image_size asks for it.
 
     split: of stl10 train is the unlabelled images; of lsun-bedroom and imagenet test is their validation
-    images; of celeba all has its validation images too.
+    images; of celeba all has its validation images too. BadInput: as load.
     """
     folder, data_dir = kind(name) == "folder", Path(data_dir)
     if folder or name == "digits":
@@ -398,7 +402,8 @@ def write_array(path: Path, shape: tuple[int, ...], items: Iterable, convert: Ca
     """Write convert((i, item)) of all items as uint8 to a .npy file, whole or not at all.
 
     What a killed process left is gone on from, but for the last chunk, which may not have reached the disk.
-    One process writes, others wait for it. A file of another size or header is made anew.
+    One process writes, others wait for it. A file of another size or header is made anew. BadInput: it cannot
+    be written, or convert raised it. SystemExit: a signal asked to stop.
     """
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})

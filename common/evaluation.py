@@ -48,7 +48,10 @@ class Evaluator:
     """
 
     def __init__(self, args) -> None:
-        """Of args dataset, device, data_dir, ms_ssim, inception_weights and all of eval_... are read."""
+        """Of args dataset, device, data_dir, ms_ssim, inception_weights and all of eval_... are read.
+
+        BadInput: Inception weights that cannot be had; what a toy has not; MS-SSIM without its library.
+        """
         self.args, self.extractor, self.weights = args, pixels, None
         self.device, self.rank, self.world_size = run.start(args.device)  # that of the run, if it has begun
         toy = args.dataset in datasets.TOYS
@@ -64,7 +67,10 @@ class Evaluator:
             self.extractor = lambda images: extractor(images)[:1]  # without logits
 
     def set_reference(self, data: datasets.Batches) -> None:
-        """Take the images of data, or of another split if args say so, for the real ones."""
+        """Take the images of data, or of another split if args say so, for the real ones.
+
+        BadInput: no such split, too few images.
+        """
         args, self.data = self.args, data
         if data.name in datasets.TOYS:
             self.count = TOY_SAMPLES
@@ -281,7 +287,8 @@ def load_inception(path: str | None, device: torch.device) -> tuple[Callable, st
     """Return torch-fidelity's Inception and the first 8 digits of the sha256 of its weights.
 
     It takes uint8 images (n, c, h, w), grey ones too, and returns features (n, 2048) and logits (n, 1008).
-    path: a weights file; None takes torch.hub's copy, downloading it where there is none.
+    path: a weights file; None takes torch.hub's copy, downloading it where there is none. BadInput: it cannot
+    be had, or does not hold these weights.
     """
     from torch_fidelity.utils import create_feature_extractor
 
@@ -333,7 +340,8 @@ def kernel_sums(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
     """Return what a three-sample test needs of fake features (n, d): small enough to be kept for later tests.
 
     value: the part of the unbiased MMD^2 that depends on fake. variance: its own part of the test's variance.
-    by_real: (n,), the mean of the kernel between each real and all fake. Real is the same in all tests.
+    by_real: (n,), the mean of the kernel between each real and all fake. n is at least 3, real the same in
+    all tests.
     """
     n = len(real)
     real, fake = real.double(), fake.double()

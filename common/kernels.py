@@ -127,7 +127,7 @@ def safe_sqrt(d2: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, d2, 1.0).sqrt(), 0.0)
 
 
-RADIAL = {
+RADIAL = {  # in a copy of your own: kernels.RADIAL["mine"] = mine, and "mine" in your script's --kernel
     "rbf": rbf,
     "rq": rational_quadratic,
     "rq-linear": rational_quadratic,
@@ -158,7 +158,7 @@ def gram_blocks(x: Tensor, y: Tensor, kernel: str, bandwidths: tuple) -> tuple[T
 
 
 def off_diagonal_mean(k: Tensor) -> Tensor:
-    """Return the mean of a square matrix (n, n), n > 1, without its diagonal, whatever stands there."""
+    """Return the mean of a square matrix (n, n), n > 1 (else ValueError), without its diagonal."""
     n = len(k)
     if k.shape != (n, n) or n < 2:
         raise ValueError(f"needs a square matrix of at least 2 x 2, got {tuple(k.shape)}")
@@ -172,7 +172,8 @@ def mmd2(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor, estimator: str) -> Tensor:
         k_xx, k_xy, k_yy: as from gram_blocks.
         estimator: "biased", diagonals kept, never negative but for rounding; "unbiased", diagonals of
             k_xx and k_yy dropped; "u-statistic", that of k_xy dropped too (Wang et al. 2019, Eq. S4),
-            which asks for n = m. The last two have mean 0 and either sign when real and fake agree.
+            which asks for n = m. The last two have mean 0 and either sign when real and fake agree, and
+            raise ValueError for fewer than 2 samples a side, as an unknown one does.
     """
     if estimator == "biased":
         return k_xx.mean() - 2 * k_xy.mean() + k_yy.mean()
@@ -200,7 +201,7 @@ def fused_mmd2(x: Tensor, y: Tensor, kernel: str, bandwidths: tuple[float, ...],
     """Return mmd2(*gram_blocks(x, y, kernel, bandwidths), estimator), with its gradient made on the way.
 
     For rbf and rq only a tile of the Gram matrix is ever held, and there is no second derivative
-    (RuntimeError); other kernels take the plain way. Arguments: as for gram_blocks and mmd2.
+    (RuntimeError); other kernels take the plain way. Arguments and ValueError: as gram_blocks and mmd2.
     """
     if kernel not in ("rbf", "rq"):
         return mmd2(*gram_blocks(x, y, kernel, bandwidths), estimator)

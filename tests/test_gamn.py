@@ -5,15 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import parameters
 from torch import nn
 from torch.nn import functional as F
 
 import gamn as script
 from common import kernels
-
-
-def count(module):
-    return sum(p.numel() for p in module.parameters())
 
 
 def norm_layers(module):
@@ -32,13 +29,6 @@ def test_mapper_and_generator_losses():
     assert g_loss.item() == pytest.approx(0.3 + 0.125)
     assert [g.item() for g in torch.autograd.grad(c_loss, (mmd, reg))] == pytest.approx([-1, 0.1])
     assert [g.item() for g in torch.autograd.grad(g_loss, (mmd, data_mmd))] == pytest.approx([1, 0.25])
-
-
-def literal_sqrt_mmd(x, y, sigmas):
-    """Eq. (4) as double loops, the fake samples in its third sum."""
-    k = lambda a, b: sum(math.exp(-((a - b) ** 2).sum().item() / 2 / s**2) for s in sigmas)  # noqa: E731
-    mean = lambda p, q: sum(k(a, b) for a in p for b in q) / len(p) / len(q)  # noqa: E731
-    return math.sqrt(max(0, mean(x, x) - 2 * mean(x, y) + mean(y, y)))
 
 
 # --- regularisers ----------------------------------------------------------------------------------
@@ -120,8 +110,8 @@ def test_l1_and_l2_see_the_normalisation_alone(shape):
 def test_parameter_counts_on_toys():
     """methods.md 3.2: three hidden layers of 512 and a linear one; the normalisation comes on top."""
     generator, mapper = script.Generator((2,), 2, 512), script.Critic((2,), 10, 512)
-    assert count(generator) == 527_874
-    assert count(mapper) - 3 * 2 * 512 == 531_978
+    assert parameters(generator) == 527_874
+    assert parameters(mapper) - 3 * 2 * 512 == 531_978
     assert norm_layers(generator) == []
     assert [m.num_groups for m in norm_layers(mapper)] == [1] * 3
 
@@ -138,9 +128,9 @@ def test_networks_of_the_images(shape, width, start, channels):
     convs = sum(25 * i * o for i, o in zip(sizes, sizes[1:]))
     last = channels[-1] * start**2
     generator, mapper = script.Generator(shape, 128, width), script.Critic(shape, 10, width)
-    assert count(generator) == convs + 129 * last + sum(sizes[:-1]) + 2 * sum(channels)
+    assert parameters(generator) == convs + 129 * last + sum(sizes[:-1]) + 2 * sum(channels)
     normed = channels[1:] or channels
-    assert count(mapper) == convs + sum(channels) + 10 * last + 10 + 2 * sum(normed)
+    assert parameters(mapper) == convs + sum(channels) + 10 * last + 10 + 2 * sum(normed)
     fake = generator(torch.randn(3, 128))
     assert fake.shape == (3, *shape)
     assert fake.abs().max() <= 1

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import parameters
 from torch import nn
 
 import gram_net as script
@@ -226,10 +227,6 @@ def test_critic_separates_and_generator_approaches():
 # --- networks --------------------------------------------------------------------------------------
 
 
-def count(module):
-    return sum(p.numel() for p in module.parameters())
-
-
 def widths(module):
     return [
         m.out_features if isinstance(m, nn.Linear) else m.out_channels
@@ -245,7 +242,7 @@ def norms(module):
 def test_ring_networks():
     """methods.md 12.11."""
     generator, critic = script.Generator((2,), 2, 100), script.Critic((2,), 10, 100, False)
-    assert (count(generator), count(critic)) == (10_602, 11_410)
+    assert (parameters(generator), parameters(critic)) == (10_602, 11_410)
     assert (widths(generator), widths(critic)) == ([100, 100, 2], [100, 100, 10])
     assert norms(generator) == norms(critic) == 0
 
@@ -256,8 +253,8 @@ def test_mnist_networks_are_those_of_appendix_b4():
     assert widths(critic) == [16, 32, 32, 100]
     assert critic.layers[-1].in_features == 288
     assert norms(critic) == 3
-    bn = 2 * (16 + 32 + 32)
-    assert count(critic) == (9 * 16 + 16) + (9 * 16 * 32 + 32) + (9 * 32 * 32 + 32) + bn + 288 * 100 + 100
+    batch_norms, convs = 2 * (16 + 32 + 32), (9 * 16 + 16) + (9 * 16 * 32 + 32) + (9 * 32 * 32 + 32)
+    assert parameters(critic) == convs + batch_norms + 288 * 100 + 100
 
 
 def test_cifar_networks_are_tables_5_to_7():
@@ -270,9 +267,9 @@ def test_cifar_networks_are_tables_5_to_7():
     assert widths(weak) == [32, 32, 64, 128]
     assert weak.layers[-1].in_features == 1024
     expected = 128 * 2048 + 2048 + 16 * (128 * 64 + 64 * 32 + 32 * 3) + 64 + 32 + 3 + 2 * (128 + 64 + 32)
-    assert count(generator) == expected
+    assert parameters(generator) == expected
     expected = 16 * (3 * 32 + 32 * 64 + 64 * 128) + 32 + 64 + 128 + 2 * (64 + 128) + 2048 * 128 + 128
-    assert count(critic) == expected
+    assert parameters(critic) == expected
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 28, 28), (3, 48, 48), (3, 64, 64), (2,), (3,)])

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import parameters
 from torch import nn
 
 import mmd_gan as script
@@ -197,10 +198,6 @@ def test_step_counts_of_1000_epochs(batches, first, total):
 # --- networks --------------------------------------------------------------------------------------
 
 
-def count(module):
-    return sum(p.numel() for p in module.parameters())
-
-
 @pytest.mark.parametrize(
     ("shape", "k", "generator", "encoder"),
     [
@@ -211,19 +208,19 @@ def count(module):
     ],
 )
 def test_parameter_counts_of_the_authors_networks(shape, k, generator, encoder):
-    assert count(script.Generator(shape, k, 64)) == generator
-    assert count(script.Decoder(shape, k, 64)) == generator
-    assert count(script.Critic(shape, k, 64, False, False)) == encoder
+    assert parameters(script.Generator(shape, k, 64)) == generator
+    assert parameters(script.Decoder(shape, k, 64)) == generator
+    assert parameters(script.Critic(shape, k, 64, False, False)) == encoder
 
 
 def test_parameter_counts_of_the_gram_networks():
     """Tables 5 to 7 of [S]: dense 128 -> 2048 and back, 4x4 kernels, batch norm on all but the output."""
     dense, images = 128 * 2048, (3, 32, 32)
     convs = 16 * (128 * 64 + 64 * 32 + 32 * 3)
-    assert count(script.Generator(images, 128, 32)) == dense + convs + 2 * (128 + 64 + 32)
-    assert count(script.Critic(images, 128, 32, True, False)) == dense + convs + 2 * (128 + 64 + 32)
+    assert parameters(script.Generator(images, 128, 32)) == dense + convs + 2 * (128 + 64 + 32)
+    assert parameters(script.Critic(images, 128, 32, True, False)) == dense + convs + 2 * (128 + 64 + 32)
     weak = 16 * (3 * 32 + 32 * 32 + 32 * 64) + 1024 * 128
-    assert count(script.Critic(images, 128, 32, True, True)) == weak + 2 * (32 + 32 + 64)
+    assert parameters(script.Critic(images, 128, 32, True, True)) == weak + 2 * (32 + 32 + 64)
 
 
 def test_ends_of_the_networks_are_dense_layers():

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import parameters
 from torch import nn
 
 import smmd_gan as S
@@ -381,6 +382,23 @@ def matrices(critic):
     return found
 
 
+@pytest.mark.parametrize("norm", ["spectral", "orthogonal"])
+def test_a_copy_of_a_critic_normalises_its_own_weights(norm):
+    """And layers without a bias, which a network of one's own may have."""
+    torch.manual_seed(0)
+    critic = S.Critic((1, 8, 8), 1, 8)
+    for layer in critic.weighted[:-1]:
+        layer.bias = None
+    S.normalise(critic, norm, sn_scale=norm == "spectral")
+    copied, x = copy.deepcopy(critic).eval(), torch.rand(4, 1, 8, 8)
+    before = copied(x)[-1]
+    assert before.norm() > 0
+    with torch.no_grad():
+        for p in critic.parameters():
+            p.mul_(3)
+    assert torch.equal(copied(x)[-1], before)
+
+
 @pytest.mark.parametrize("shape", [(2,), (1, 8, 8), (3, 64, 64)])
 def test_norms_against_the_svd(shape):
     plain = matrices(made(shape, "none"))
@@ -440,10 +458,6 @@ def test_condition_numbers():
         assert all(torch.equal(state[name], value) for name, value in critic.state_dict().items())
 
 
-def count(network):
-    return sum(p.numel() for p in network.parameters())
-
-
 def test_networks_are_those_of_methods_7_4():
     def conv(i, o, k, bias=1):
         return i * o * k * k + bias * o
@@ -455,9 +469,9 @@ def test_networks_are_those_of_methods_7_4():
 
     generator, critic, shapes = pair(32)  # sngan
     expected = 128 * 8192 + 8192 + conv(512, 256, 5) + conv(256, 128, 5) + conv(128, 64, 5) + conv(64, 3, 3)
-    assert count(generator) == expected + 2 * (512 + 256 + 128 + 64)
+    assert parameters(generator) == expected + 2 * (512 + 256 + 128 + 64)
     expected = conv(3, 64, 3) + conv(64, 128, 4) + conv(128, 128, 3) + conv(128, 256, 4) + conv(256, 256, 3)
-    assert count(critic) == expected + conv(256, 512, 4) + conv(512, 512, 3) + 512 * 16 + 1
+    assert parameters(critic) == expected + conv(256, 512, 4) + conv(512, 512, 3) + 512 * 16 + 1
     assert [shape[0] for shape in shapes] == [64, 128, 128, 256, 256, 512, 512, 1]
 
     generator, critic, shapes = pair(64)  # snresnet
@@ -466,16 +480,16 @@ def test_networks_are_those_of_methods_7_4():
     expected = (
         128 * 16384 + 16384 + sum(block(o, i, 0) + 2 * (i + o) for i, o in pairs) + 128 + conv(64, 3, 3)
     )
-    assert count(generator) == expected
-    assert count(critic) == conv(3, 64, 3) + sum(block(i, o, 1) for i, o in pairs) + 1024 + 1
+    assert parameters(generator) == expected
+    assert parameters(critic) == conv(3, 64, 3) + sum(block(i, o, 1) for i, o in pairs) + 1024 + 1
     assert shapes[-3:] == [(1024, 4, 4), (1024, 1, 1), (1,)]
 
     generator, critic, shapes = pair(160)  # g-resnet5 and dcgan5
     assert critic.weighted[-1].in_features == 25_600
     assert shapes[-2] == (1024, 5, 5)
     expected = 128 * 25_600 + 25_600 + sum(block(o, i, 0) for i, o in pairs) + 128 + conv(64, 3, 5)
-    assert count(generator) == expected  # batch norm in the last layer only
-    assert count(critic) == conv(3, 64, 5) + sum(conv(i, o, 5) for i, o in pairs) + 25_600 + 1
+    assert parameters(generator) == expected  # batch norm in the last layer only
+    assert parameters(critic) == conv(3, 64, 5) + sum(conv(i, o, 5) for i, o in pairs) + 25_600 + 1
 
 
 def test_initialisation_and_sum_over_space():
