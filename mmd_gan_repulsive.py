@@ -122,7 +122,7 @@ DEFAULTS = {
     "toys": dict(total_steps=10_000, batch_size=256, width=512, latent_dim=2, eval_every=1000),  # ours
 }  # fmt: skip
 VALUE_RANGE = (-1.0, 1.0)
-LEAST = {"lambda_gp": 0, "sn_gain": 1e-15}  # bounds of the above
+LEAST = {"lambda_gp": 0}  # bounds of the above
 LOSSES = ("critic", "generator")
 SCRIPT = Path(__file__).stem
 
@@ -136,7 +136,7 @@ def resolve(args: Args) -> Args:
     run.require(ok, "--loss", args.loss, "mmd where --feature-dim or --lambda-gp is given")
     args = run.resolve(args, *defaults, dim, {"bandwidths": bandwidths}, least=LEAST)
     depth = 4 if args.dataset in datasets.TOYS else 2 * levels(args.image_size) + 2  # K
-    return run.resolve(args, {"sn_gain": 64 ** (1 / depth)}, least=LEAST)  # Deviation 1
+    return run.resolve(args, {"sn_gain": 64 ** (1 / depth)})  # Deviation 1
 
 
 # --- networks --------------------------------------------------------------------------------------

@@ -193,8 +193,8 @@ def resolve(args: Args) -> Args:
     toy, scaled = args.dataset in datasets.TOYS, args.constraint in ("scaled", "swgan")
     if not toy:
         levels(args.image_size)  # which refuses a size that fits no network
-    ok = not kid or (args.eval_every and args.eval_metrics == "all" and not toy)
-    run.require(ok, "--lr-schedule", "kid", "constant here: no KID")
+    ok = not kid or args.eval_only or (args.eval_every and args.eval_metrics == "all" and not toy)
+    run.require(ok, "--lr-schedule", "kid", "constant: no KID of points, with --eval-every 0 or fid alone")
     run.require(scaled or not poster, "--scale-form", "poster", "left out: this --constraint has no scale")
     ok = not args.as_coded or args.constraint == "gradient-penalty" or args.kernel == "rq-linear"
     run.require(ok, "--as-coded", "on", "left out: it is about the gradient penalty and rq-linear")

@@ -201,14 +201,16 @@ class Statistics:
     """Running mean and covariance, in float64, of features that are not kept (Chan et al. 1979)."""
 
     def __init__(self) -> None:
-        self.n, self.mean, self.products = 0, torch.zeros(()), torch.zeros(())
+        self.n = 0
 
     def add(self, features: Tensor) -> None:
         """Take in features (n, d)."""
         x = features.double()
+        if self.n == 0:
+            self.mean, self.products = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1], x.shape[1])
         mean, n = x.mean(0), self.n + len(x)
         shift, x = mean - self.mean, x - mean
-        self.products = self.products + x.T @ x + shift.outer(shift) * (self.n * len(x) / n)
+        self.products.addmm_(x.T, x).addr_(shift, shift, alpha=self.n * len(x) / n)
         self.mean, self.n = self.mean + shift * (len(x) / n), n
 
     def result(self) -> dict[str, Tensor]:

@@ -22,16 +22,17 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 # What a resumed run may change; anything else would make it another run.
-EVAL_ARGS = {"eval_every", "eval_samples", "eval_features", "eval_split", "eval_metrics", "inception_weights"}
-MAY_CHANGE = EVAL_ARGS | {"total_steps", "log_every", "sample_every", "save_every", "ms_ssim", "eval_only"}
-MAY_CHANGE |= {"device", "compile", "runs_dir", "data_dir", "track", "resume"}
+EVAL_ARGS = {"eval_every", "eval_samples", "eval_features", "eval_split", "inception_weights"}
+MAY_CHANGE = EVAL_ARGS | {"total_steps", "log_every", "sample_every", "save_every", "device", "compile"}
+MAY_CHANGE |= {"eval_metrics", "ms_ssim", "eval_only", "runs_dir", "data_dir", "track", "resume"}
 # Bounds of arguments that several scripts have. Squares of rates and bandwidths must be floats, too.
 LEAST = dict.fromkeys(("log_every", "sample_every", "eval_every", "save_every", "seed"), 0)
 LEAST |= dict.fromkeys(("beta1", "beta2", "momentum", "ema_decay"), 0)
 LEAST |= dict.fromkeys(("total_steps", "batch_size", "width", "eval_samples", "image_size", "n_critic"), 1)
 LEAST |= dict.fromkeys(("latent_dim", "feature_dim"), 1)
-LEAST |= dict.fromkeys(("learning_rate", "critic_learning_rate", "bandwidths"), 1e-15)
-MOST = dict.fromkeys(("learning_rate", "critic_learning_rate", "bandwidths"), 1e15) | {"seed": 2**63 - 1}
+LEAST |= dict.fromkeys(("learning_rate", "critic_learning_rate", "bandwidths", "sn_gain"), 1e-15)
+MOST = dict.fromkeys(("learning_rate", "critic_learning_rate", "bandwidths", "sn_gain"), 1e15)
+MOST |= {"seed": 2**63 - 1}
 MOST |= dict.fromkeys(("width", "feature_dim", "latent_dim", "image_size"), 2**14)
 MOST |= dict.fromkeys(("beta1", "beta2", "momentum", "ema_decay"), math.nextafter(1, 0))
 BATCH_NORM = nn.modules.batchnorm._BatchNorm  # all kinds
@@ -135,7 +136,7 @@ def resolve(args, *tables: dict, least: dict[str, float] | None = None):
         require(len(numbers) > 0, flag, value, "one number or more")
         for number in numbers:
             if isinstance(number, (int, float)):
-                require(math.isfinite(number), flag, value, "a finite number")
+                require(-math.inf < number < math.inf, flag, value, "a finite number")
                 low, high = bounds.get(name, -math.inf), MOST.get(name, math.inf)
                 require(number >= low, flag, value, f"at least {low}")
                 require(number <= high, flag, value, f"at most {high}")
