@@ -97,7 +97,7 @@ class Args:
 
     # --- method ---
     kernel: Literal["rbf", "laplacian", "rq"] = "rbf"  # of the mapper's features; the paper's is rbf
-    bandwidths: tuple[float, ...] | None = None  # (None: 1 2 4 8 16; toys .05 to 1); not given in the paper
+    bandwidths: tuple[float, ...] | None = None  # (1-16; toys .05-1; rq .2-5); not given in the paper
     regularizer: Literal["gp", "l1", "l2", "weight-decay"] = "gp"  # Reg in the mapper's loss
     lambda_reg: float | None = None  # of Reg (None: gp 10, on toys 1; others 1e-3); not given in the paper
     gp_target: float = 1.0  # norm of the gradient that gp asks for

@@ -122,7 +122,7 @@ DEFAULTS = {
     "toys": dict(total_steps=10_000, batch_size=256, width=512, latent_dim=2, eval_every=1000),  # ours
 }  # fmt: skip
 VALUE_RANGE = (-1.0, 1.0)
-LEAST = {"lambda_gp": 0}  # bounds of the above
+LEAST = {"lambda_gp": 0, "sn_gain": 1e-15}  # bounds of the above
 LOSSES = ("critic", "generator")
 SCRIPT = Path(__file__).stem
 

@@ -454,7 +454,6 @@ def draw_points(path: Path, fake: Tensor, name: str) -> None:
 
 
 Features = Annotated[Literal["inception", "pixels"], tyro.conf.arg(aliases=["--features"])]
-Metrics = Annotated[Literal["all", "fid"], tyro.conf.arg(aliases=["--metrics"])]
 
 
 @dataclass
@@ -465,7 +464,7 @@ class Args:
     real: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="REAL")]  # the reference
     fake: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FAKE")]  # what is measured
     eval_features: Features = "inception"  # pixels need no weights, and give no FID
-    eval_metrics: Metrics = "all"  # fid: the Frechet distance alone, in bounded memory
+    eval_metrics: Literal["all", "fid"] = "all"  # fid: the Frechet distance alone, in bounded memory
     eval_samples: int = 50_000  # images of either side, at most
     image_size: int | None = None  # side to which folders and data sets are resized
     ms_ssim: bool = False  # of pairs of FAKE too; needs the extra eval

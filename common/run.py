@@ -25,15 +25,13 @@ from tqdm import tqdm
 EVAL_ARGS = {"eval_every", "eval_samples", "eval_features", "eval_split", "inception_weights"}
 MAY_CHANGE = EVAL_ARGS | {"total_steps", "log_every", "sample_every", "save_every", "device", "compile"}
 MAY_CHANGE |= {"eval_metrics", "ms_ssim", "eval_only", "runs_dir", "data_dir", "track", "resume"}
-# Bounds of arguments that several scripts have. Squares of rates and bandwidths must be floats, too.
+# Bounds of arguments that several scripts have.
 LEAST = dict.fromkeys(("log_every", "sample_every", "eval_every", "save_every", "seed"), 0)
 LEAST |= dict.fromkeys(("beta1", "beta2", "momentum", "ema_decay"), 0)
 LEAST |= dict.fromkeys(("total_steps", "batch_size", "width", "eval_samples", "image_size", "n_critic"), 1)
 LEAST |= dict.fromkeys(("latent_dim", "feature_dim"), 1)
-LEAST |= dict.fromkeys(("learning_rate", "critic_learning_rate", "bandwidths", "sn_gain"), 1e-15)
-MOST = dict.fromkeys(("learning_rate", "critic_learning_rate", "bandwidths", "sn_gain"), 1e15)
-MOST |= {"seed": 2**63 - 1}
-MOST |= dict.fromkeys(("width", "feature_dim", "latent_dim", "image_size"), 2**14)
+LEAST |= dict.fromkeys(("learning_rate", "critic_learning_rate", "bandwidths"), 1e-15)
+MOST = dict.fromkeys(("width", "feature_dim", "latent_dim", "image_size"), 2**14) | {"seed": 2**63 - 1}
 MOST |= dict.fromkeys(("beta1", "beta2", "momentum", "ema_decay"), math.nextafter(1, 0))
 BATCH_NORM = nn.modules.batchnorm._BatchNorm  # all kinds
 SIGNALS: list[int] = []  # that asked this process to stop
@@ -136,8 +134,7 @@ def resolve(args, *tables: dict, least: dict[str, float] | None = None):
         require(len(numbers) > 0, flag, value, "one number or more")
         for number in numbers:
             if isinstance(number, (int, float)):
-                require(-math.inf < number < math.inf, flag, value, "a finite number")
-                low, high = bounds.get(name, -math.inf), MOST.get(name, math.inf)
+                low, high = bounds.get(name, -1e15), MOST.get(name, 1e15)  # their squares are floats
                 require(number >= low, flag, value, f"at least {low}")
                 require(number <= high, flag, value, f"at most {high}")
     ok = not args.track or importlib.util.find_spec("wandb")
@@ -360,10 +357,11 @@ def save_checkpoint(folder: Path, args, script: str, step: int, models: dict, ra
         raise Failed(f"{path} could not be written ({error}); it is still the last good state") from error
 
 
-def load_checkpoint(args, script: str, models: dict) -> int:
+def load_checkpoint(args, script: str, models: dict, evaluations_count: bool = False) -> int:
     """Put the checkpoint of --resume into models and return its step; without --resume return 0.
 
-    Nothing in the file is executed. Another script's, or one of other arguments, is refused (BadInput).
+    Nothing in the file is executed. Another script's, or one of other arguments, is refused (BadInput); of
+    other evaluations, too, if evaluations_count in training.
     """
     if args.resume is None:
         return 0
@@ -374,9 +372,7 @@ def load_checkpoint(args, script: str, models: dict) -> int:
     except Exception as error:
         raise BadInput(f"--resume: {path} is missing, damaged or no checkpoint ({error!r:.90})") from error
     require(saved_script == script, "--resume", args.resume, f"a run of {script}.py, not {saved_script}.py")
-    may_change = MAY_CHANGE
-    if getattr(args, "lr_schedule", "constant") == "kid" and not args.eval_only:
-        may_change = MAY_CHANGE - EVAL_ARGS  # evaluations decide the learning rate
+    may_change = MAY_CHANGE - EVAL_ARGS if evaluations_count and not args.eval_only else MAY_CHANGE
     changed = [
         f"--{key.replace('_', '-')} {value} (was {saved.get(key)})"
         for key, value in dataclasses.asdict(args).items()
