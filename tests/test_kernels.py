@@ -497,7 +497,9 @@ def test_fused_mmd2_is_accurate(name, bandwidths, case, n, m):
     value = fused_mmd2(x, y, name, bandwidths, "biased")
     got = torch.cat(torch.autograd.grad(value, (x, y)))
     assert got.dtype == value.dtype == torch.float32
-    assert relative_error(got, gradient) <= (1e-4 if case == "close pairs" else 5e-6)
+    # Duplicates: 5.1e-6 on an AMD EPYC without AVX-512, whose sums have another order.
+    bound = {"close pairs": 1e-4, "duplicates": 2e-5}.get(case, 5e-6)
+    assert relative_error(got, gradient) <= bound
     # The value is a difference of means of up to len(bandwidths) each: an ulp or two of those.
     assert value.item() == pytest.approx(reference.item(), abs=2e-7 * len(bandwidths))
 
