@@ -430,6 +430,82 @@ def critic_steps(step: int, args: Args) -> int:
     return args.warmup_critic if step <= 20 or step % 500 == 1 else args.n_critic  # Deviation 14
 
 
+def kernel_sums(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    """Return what a three-sample test needs of features (n, d): small enough to be kept for later tests.
+
+    value: the part of the unbiased MMD^2 that depends on fake. variance: its own part of the test's variance.
+    by_real: (n,), the mean of the kernel between each real and all fake. n is at least 3, real the same in
+    all tests.
+    """
+    n = len(real)
+    real, fake = real.double(), fake.double()
+    k_xy = evaluation.cubic_kernel(real, fake)
+    k_yy = evaluation.cubic_kernel(fake, fake).fill_diagonal_(0)
+    by_real = k_xy.mean(1)  # of each real with all fake
+    by_fake = k_xy.mean(0)  # of each fake with all real
+    within = k_yy.sum(1) / (n - 1)  # of each fake with all other fake
+    value = within.mean() - 2 * by_fake.mean()
+    # Hoeffding's second-order terms: variances of the kernel less those of its projections.
+    g_yy = k_yy.square().sum() / (n * (n - 1)) - 2 * within.square().mean() + within.mean() ** 2
+    g_xy = k_xy.square().mean() - by_fake.square().mean() - by_real.square().mean() + k_xy.mean() ** 2
+    second = 2 / (n * (n - 1)) * g_yy + 4 / n**2 * g_xy
+    # Means over n have noise of their own, by which the first-order term has the second twice too much.
+    variance = 4 / n * (within - by_fake).var() - second
+    return {"value": value, "variance": variance, "by_real": by_real}
+
+
+def three_sample_test(new: dict, old: dict, floor: float = 1e-5) -> tuple[float, float]:
+    """Return t = (MMD^2(X, Y) - MMD^2(X, Z)) / sqrt(max(v, floor)) and p = Phi(t), small if Y improves on Z.
+
+    new, old: kernel_sums of X with Y and with Z. v is the variance of the difference of two U-statistics that
+    share X: first- and second-order terms (Bounliphone et al. 2016; Binkowski et al. 2018, with the floor).
+    """
+    shared = 4 / len(new["by_real"]) * (new["by_real"] - old["by_real"]).var()
+    variance = new["variance"] + old["variance"] + shared
+    t = (new["value"] - old["value"]) / variance.clamp_min(floor).sqrt()
+    return t.item(), torch.special.ndtr(t).item()
+
+
+class KidSchedule:
+    """Lowers a learning rate, by factor, where KID stops improving: [C], and that of [B].
+
+    The first 10 evaluations are remembered, each further one is tested against the oldest: if better (p at
+    most 0.1) it takes the oldest's place. The third in a row that is not lowers the rate, and of the memory
+    only the last two and itself are left. Of inception the test's variance has [C]'s floor; of pixels, whose
+    KID is smaller, none to speak of.
+    """
+
+    def __init__(self, factor: float, features: str = "inception") -> None:
+        self.factor = factor
+        self.floor = 1e-5 if features == "inception" else 1e-12
+        self.memory = []  # kernel_sums, the oldest first
+        self.failures = 0
+
+    def step(self, sums: dict[str, Tensor]) -> float:
+        """Return what to multiply the learning rate by after an evaluation, given its kernel_sums."""
+        if len(self.memory) < 10:
+            self.memory.append(sums)
+            return 1.0
+        _, p = three_sample_test(sums, self.memory[0], self.floor)
+        if p <= 0.1:
+            self.memory = [*self.memory[1:], sums]
+            self.failures = 0
+            return 1.0
+        self.failures += 1
+        if self.failures < 3:
+            return 1.0
+        self.memory = [*self.memory[-2:], sums]
+        self.failures = 0
+        return self.factor
+
+    def state_dict(self) -> dict:
+        return {"memory": list(self.memory), "failures": self.failures}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.memory = list(state["memory"])
+        self.failures = state["failures"]
+
+
 def train(args: Args) -> dict[str, float]:
     """Train, evaluate and save; return the final metrics."""
     # Set-up: nothing is written before all that can be wrong with the input has been found.
@@ -454,7 +530,7 @@ def train(args: Args) -> dict[str, float]:
     if args.ema_decay:
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema_decay)
         models["ema"] = torch.optim.swa_utils.AveragedModel(generator, multi_avg_fn=average)
-    models["lr_schedule"] = schedule = evaluation.KidSchedule(0.8, args.eval_features)  # Deviation 9
+    models["lr_schedule"] = schedule = KidSchedule(0.8, args.eval_features)  # Deviation 9
     step = run.load_checkpoint(args, SCRIPT, models, args.lr_schedule == "kid")  # 0 without --resume
     if args.compile:
         generator.compile()
@@ -570,7 +646,7 @@ def train(args: Args) -> dict[str, float]:
         if args.eval_every and due(args.eval_every):
             evaluate()
             if args.lr_schedule == "kid" and step % args.eval_every == 0:  # Deviation 9
-                factor = schedule.step(evaluator.kernel_sums())
+                factor = schedule.step(evaluation.from_first(lambda: kernel_sums(*evaluator.features)))
                 for group in g_optimizer.param_groups + c_optimizer.param_groups:
                     group["lr"] = max(1e-6, factor * group["lr"])
         stopping = run.stop_asked(step) and step < args.total_steps

@@ -36,15 +36,17 @@ INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # the sha256 of the fil
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
 CHUNK = 256  # samples generated at a time, by one process
 TOY_SAMPLES = 2000
-TEST_SAMPLES = 2048  # in a three-sample test
+KEPT = 2048  # features of either side that an evaluation leaves behind
 
 
 class Evaluator:
     """Compares samples with a reference; the network that it needs is found, or refused, when it is made.
 
-    Several processes share the work: all must call set_reference, metrics and kernel_sums, and get the same.
+    Several processes share the work: all must call set_reference and metrics, and get the same.
 
     count: how many samples are evaluated. protocol: what the numbers are, to be stored beside them.
+    features: on the first process, those of at most KEPT real images and of as many samples, (n, d) each, of
+    the evaluation that was last; toys and --eval-metrics fid leave none.
     """
 
     def __init__(self, args) -> None:
@@ -159,7 +161,7 @@ class Evaluator:
         values = {"fid": frechet_distance(self.reference, statistics.result())}
         if not self.only_fid:
             real, (fake, *logits) = self.reference["features"], outputs
-            self.fake = fake[:TEST_SAMPLES]
+            self.features = real[:KEPT], fake[:KEPT]
             values["kid"], values["kid_se"] = kernel_distance(real, fake)
             if logits:
                 values |= inception_metrics(logits[0], fake.to(self.device), real.to(self.device))
@@ -170,10 +172,6 @@ class Evaluator:
             before, after = ("", f"[{self.weights}]") if self.weights else ("pixel_", "")
             values = {before + name.replace("fid", "frechet") + after: v for name, v in values.items()}
         return values | ms_ssim
-
-    def kernel_sums(self) -> dict[str, Tensor]:
-        """Return what KidSchedule.step takes, of the images that metrics had last; toys have none."""
-        return from_first(lambda: kernel_sums(self.reference["features"][: len(self.fake)], self.fake))
 
 
 def from_first(compute: Callable[[], object]):
@@ -333,75 +331,6 @@ def write_reference(path: Path, reference: dict[str, Tensor]) -> None:
             run.write_whole(path, lambda file: np.savez(file, **reference))
     except OSError as error:
         print(f"warning: {path} could not be written ({error}): to be computed again next time")
-
-
-# --- learning rate by KID ------------------------------------------------------------------------
-
-
-def kernel_sums(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-    """Return what a three-sample test needs of fake features (n, d): small enough to be kept for later tests.
-
-    value: the part of the unbiased MMD^2 that depends on fake. variance: its own part of the test's variance.
-    by_real: (n,), the mean of the kernel between each real and all fake. n is at least 3, real the same in
-    all tests.
-    """
-    n = len(real)
-    real, fake = real.double(), fake.double()
-    k_yy, k_xy = cubic_kernel(fake, fake).fill_diagonal_(0), cubic_kernel(real, fake)
-    within, by_fake, by_real = k_yy.sum(1) / (n - 1), k_xy.mean(0), k_xy.mean(1)
-    value = within.mean() - 2 * by_fake.mean()
-    # Hoeffding's second-order terms: variances of the kernel less those of its projections.
-    g_yy = k_yy.square().sum() / (n * (n - 1)) - 2 * within.square().mean() + within.mean() ** 2
-    g_xy = k_xy.square().mean() - by_fake.square().mean() - by_real.square().mean() + k_xy.mean() ** 2
-    second = 2 / (n * (n - 1)) * g_yy + 4 / n**2 * g_xy
-    # Means over n have noise of their own, by which the first-order term has the second twice too much.
-    return {"value": value, "variance": 4 / n * (within - by_fake).var() - second, "by_real": by_real}
-
-
-def three_sample_test(new: dict, old: dict, floor: float = 1e-5) -> tuple[float, float]:
-    """Return t = (MMD^2(X, Y) - MMD^2(X, Z)) / sqrt(max(v, floor)) and p = Phi(t), small if Y improves on Z.
-
-    new, old: kernel_sums of X with Y and with Z. v is the variance of the difference of two U-statistics that
-    share X: first- and second-order terms (Bounliphone et al. 2016; Binkowski et al. 2018, with the floor).
-    """
-    variance = new["variance"] + old["variance"]
-    variance = variance + 4 / len(new["by_real"]) * (new["by_real"] - old["by_real"]).var()
-    t = (new["value"] - old["value"]) / variance.clamp_min(floor).sqrt()
-    return t.item(), torch.special.ndtr(t).item()
-
-
-class KidSchedule:
-    """Lowers a learning rate, by factor, where KID stops improving (code of Binkowski et al. 2018).
-
-    The first 10 evaluations are remembered, each further one is tested against the oldest: if better (p at
-    most 0.1) it takes the oldest's place. The third in a row that is not lowers the rate, and of the memory
-    only the last two and itself are left. Of inception the test's variance has that code's floor; of pixels,
-    whose KID is smaller, none to speak of.
-    """
-
-    def __init__(self, factor: float, features: str = "inception") -> None:
-        self.factor, self.floor = factor, 1e-5 if features == "inception" else 1e-12
-        self.memory, self.failures = [], 0
-
-    def step(self, sums: dict[str, Tensor]) -> float:
-        """Return what to multiply the learning rate by after an evaluation, given its kernel_sums."""
-        if len(self.memory) == 10:
-            if three_sample_test(sums, self.memory[0], self.floor)[1] > 0.1:
-                self.failures += 1
-                if self.failures < 3:
-                    return 1.0
-                self.failures, self.memory = 0, [*self.memory[-2:], sums]
-                return self.factor
-            self.failures = 0
-            del self.memory[0]
-        self.memory.append(sums)
-        return 1.0
-
-    def state_dict(self) -> dict:
-        return {"memory": list(self.memory), "failures": self.failures}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.memory, self.failures = list(state["memory"]), state["failures"]
 
 
 # --- toys and pixels -----------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Distances against closed forms and torch-fidelity; toys' measures on samplers whose faults are known."""
 
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import mmd_gan_repulsive
 from common import datasets, evaluation, run
-from common.evaluation import Evaluator, KidSchedule, common_mmd2, kernel_distance, toy_metrics
+from common.evaluation import Evaluator, common_mmd2, kernel_distance, toy_metrics
 from common.run import BadInput
 
 CPU = torch.device("cpu")
@@ -147,179 +146,14 @@ def test_kernel_distance_of_gaussians_has_its_closed_form():
     assert np.mean(values) == pytest.approx(closed_form, rel=0.06)
 
 
-# --- three-sample test ---------------------------------------------------------------------------
-
-
-def cubic(a, b):
-    return (np.dot(a, b) / len(a) + 1) ** 3
-
-
-def test_kernel_sums_against_loops():
-    """The estimates restated: means, and variances of means less those of their noise, pair by pair."""
-    n = 7
-    x, y, z = (randn(n, 3, seed=s).numpy() + s / 4 for s in (1, 2, 3))
-    mmd2, own, by_real = {}, {}, {}
-    pairs = [(i, j) for i in range(n) for j in range(n)]
-    for name, f in (("y", y), ("z", z)):
-        within = [np.mean([cubic(f[j], f[i]) for i in range(n) if i != j]) for j in range(n)]
-        across = [np.mean([cubic(x[i], f[j]) for i in range(n)]) for j in range(n)]
-        by_real[name] = [np.mean([cubic(x[i], f[j]) for j in range(n)]) for i in range(n)]
-        mmd2[name] = np.mean(within) - 2 * np.mean(across)
-        kernel2 = np.mean([cubic(f[i], f[j]) ** 2 for i, j in pairs if i != j])
-        g_yy = kernel2 - 2 * np.mean(np.square(within)) + np.mean(within) ** 2
-        kernel2 = np.mean([cubic(x[i], f[j]) ** 2 for i, j in pairs])
-        g_xy = kernel2 - np.mean(np.square(across)) - np.mean(np.square(by_real[name])) + np.mean(across) ** 2
-        first = np.var([w - a for w, a in zip(within, across)], ddof=1)
-        own[name] = 4 / n * first - (2 * g_yy / (n * (n - 1)) + 4 * g_xy / n**2)
-    shared = 4 / n * np.var([a - b for a, b in zip(by_real["y"], by_real["z"])], ddof=1)
-    new, old = (evaluation.kernel_sums(*map(torch.tensor, (x, f))) for f in (y, z))
-    t, p = evaluation.three_sample_test(new, old)
-    assert t == pytest.approx((mmd2["y"] - mmd2["z"]) / math.sqrt(own["y"] + own["z"] + shared), rel=1e-10)
-    assert p == pytest.approx((1 + math.erf(t / math.sqrt(2))) / 2, rel=1e-10)
-    assert evaluation.three_sample_test(new, old, floor=100.0)[0] == pytest.approx(
-        (mmd2["y"] - mmd2["z"]) / 10, rel=1e-10
-    )
-
-
-# Distributions on two or three points of the line, where expectations are sums.
-POINTS = [0.0, 1.0, -0.5]
-LAWS = {"x": [0.5, 0.5, 0.0], "y": [0.3, 0.7, 0.0], "z": [0.6, 0.4, 0.0]}
-
-
-def exact_variance(laws, n):
-    """Hoeffding's: first-order terms of y, z and x, second-order ones of the kernels' remainders."""
-    k = np.array([[cubic([a], [b]) for b in POINTS] for a in POINTS])
-    x, y, z = (np.array(laws[name]) for name in "xyz")
-
-    def variance(values, law):
-        return values**2 @ law - (values @ law) ** 2
-
-    def remainder(law, other):
-        total = law @ k**2 @ other - (law @ k @ other) ** 2
-        return total - variance(k @ other, law) - variance(k.T @ law, other)
-
-    first = variance(k @ y - k @ x, y) + variance(k @ z - k @ x, z) + variance(k @ y - k @ z, x)
-    second = 2 / (n * (n - 1)) * (remainder(y, y) + remainder(z, z))
-    return 4 / n * first + second + 4 / n**2 * (remainder(x, y) + remainder(x, z))
-
-
-def test_the_variance_that_is_estimated_is_that_of_the_difference():
-    """The formula against all 512 outcomes of three draws from each law on two points."""
-    n, outcomes = 3, []
-    for drawn in itertools.product((0, 1), repeat=3 * n):
-        p = np.prod([LAWS[name][i] for name, i in zip("xxxyyyzzz", drawn)])
-        x, y, z = np.array(POINTS)[np.reshape(drawn, (3, n))][..., None]
-        new, old = (evaluation.kernel_sums(*map(torch.tensor, (x, f))) for f in (y, z))
-        outcomes.append((p, (new["value"] - old["value"]).item()))
-    p, difference = np.array(outcomes).T
-    assert p.sum() == pytest.approx(1)
-    assert p @ difference**2 - (p @ difference) ** 2 == pytest.approx(exact_variance(LAWS, n), rel=1e-10)
-
-
-@pytest.mark.parametrize("degenerate", [False, True])
-def test_the_variance_is_estimated_without_much_bias(degenerate):
-    """The mean of 300 estimates from 100 samples each; of equal laws the first-order term vanishes."""
-    laws = {name: [0.2, 0.3, 0.5] for name in "xyz"} if degenerate else LAWS
-    generator = np.random.default_rng(0)
-    found = []
-    for _ in range(300):
-        draws = (generator.choice(POINTS, (100, 1), p=laws[name]) for name in "xyz")
-        x, y, z = map(torch.tensor, draws)
-        new, old = evaluation.kernel_sums(x, y), evaluation.kernel_sums(x, z)
-        shared = 4 / 100 * (new["by_real"] - old["by_real"]).var()
-        found.append((new["variance"] + old["variance"] + shared).item())
-    assert np.mean(found) == pytest.approx(exact_variance(laws, 100), rel=0.05)
-
-
-def test_the_test_is_calibrated():
-    """d = 8, 200 samples, both shifted by 0.5: t has the standard deviation 1 (0.97 in methods.md 12.4)."""
-    found = []
-    for seed in range(400):
-        x, y, z = (randn(200, 8, seed=3 * seed + i) + (0.5 if i else 0.0) for i in range(3))
-        sums = evaluation.kernel_sums(x, y), evaluation.kernel_sums(x, z)
-        found.append(evaluation.three_sample_test(*sums))
-    t, p = np.array(found).T
-    assert t.std() == pytest.approx(1, abs=0.08)
-    assert abs(t.mean()) < 0.15
-    assert np.mean(p <= 0.1) == pytest.approx(0.1, abs=0.04)
-
-
-def test_an_improvement_is_seen_and_its_opposite_is_not():
-    x, near, far = randn(200, 8, seed=1), randn(200, 8, seed=2) + 0.1, randn(200, 8, seed=3) + 0.6
-    near, far = evaluation.kernel_sums(x, near), evaluation.kernel_sums(x, far)
-    assert evaluation.three_sample_test(near, far)[1] < 0.001
-    assert evaluation.three_sample_test(far, near)[1] > 0.999
-
-
-# --- learning rate by KID ------------------------------------------------------------------------
-
-
-def evaluated(value):
-    """kernel_sums of an evaluation with this KID, whose test has the floor for variance: 0.00316^2."""
-    sums = dict(value=value, variance=0.0)
-    return {k: torch.tensor(v, dtype=torch.float64) for k, v in sums.items()} | {"by_real": torch.zeros(5)}
-
-
-def test_a_scripted_sequence():
-    """methods.md 12.10: ten appends, three failures, memory of 3, seven appends, tests again."""
-    schedule, lengths = KidSchedule(0.5), []
-    for i in range(1, 14):
-        assert schedule.step(evaluated(0.1)) == (0.5 if i == 13 else 1.0)
-        lengths.append(len(schedule.memory))
-    assert lengths == [*range(1, 11), 10, 10, 3]
-    assert [schedule.step(evaluated(0.1)) for _ in range(9)] == [1.0] * 9  # 7 appends, and failures 1 and 2
-    assert len(schedule.memory) == 10
-    assert schedule.step(evaluated(0.1)) == 0.5
-
-
-def test_which_evaluation_is_compared_with_which():
-    schedule = KidSchedule(0.8)
-    for value in range(10):  # 1.0, 0.9, ... 0.1
-        schedule.step(evaluated(1 - value / 10))
-    assert schedule.step(evaluated(0.95)) == 1.0  # better than the oldest, though worse than the last
-    assert [round(sums["value"].item(), 2) for sums in schedule.memory] == [
-        0.9,
-        *(i / 10 for i in range(8, 0, -1)),
-        0.95,
-    ]
-    assert schedule.step(evaluated(0.897)) == 1.0  # by 0.003, less than 1.28 * 0.00316: not enough
-    assert schedule.failures == 1
-    assert schedule.memory[-1]["value"] == 0.95  # the memory stays as it is
-    assert schedule.step(evaluated(0.895)) == 1.0  # by 0.005
-    assert schedule.failures == 0
-    assert schedule.memory[0]["value"] == 0.8
-    for expected in (1.0, 1.0, 0.8):
-        assert schedule.step(evaluated(0.8)) == expected
-    assert [round(sums["value"].item(), 3) for sums in schedule.memory] == [0.95, 0.895, 0.8]
-
-
-def test_a_schedule_goes_on_from_a_checkpoint(tmp_path):
-    generator = np.random.default_rng(0)
-    values = generator.normal(0.1, 0.004, 60)
-    expected, whole = [], KidSchedule(0.8)
-    for value in values:
-        expected.append(whole.step(evaluated(value)))
-    assert expected.count(0.8) >= 2
-    schedule, found = KidSchedule(0.8), []
-    for value in values:
-        found.append(schedule.step(evaluated(value)))
-        torch.save({"schedule": schedule.state_dict()}, tmp_path / "checkpoint.pt")
-        schedule = KidSchedule(0.8)
-        state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-        schedule.load_state_dict(state["schedule"])
-    assert found == expected
-
-
-def test_an_evaluator_gives_the_sums_of_what_it_had_last(monkeypatch):
-    monkeypatch.setattr(evaluation, "TEST_SAMPLES", 100)
+def test_an_evaluation_leaves_features_behind(monkeypatch):
+    monkeypatch.setattr(evaluation, "KEPT", 100)
     evaluator, data = digits(eval_samples=120)
     evaluator.metrics(sampler_of(data.images.flip(3)))
-    found = evaluator.kernel_sums()
-    fake = data.images.flip(3)[:100].flatten(1).double() / 255
+    real, fake = evaluator.features
     order = torch.randperm(600, generator=torch.Generator().manual_seed(0))[:100]
-    real = data.images[order].flatten(1).double() / 255
-    for name, value in evaluation.kernel_sums(real, fake).items():
-        assert torch.allclose(found[name], value, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(real, data.images[order].flatten(1).float() / 255)
+    torch.testing.assert_close(fake, data.images.flip(3)[:100].flatten(1).float() / 255)
 
 
 # --- MS-SSIM -------------------------------------------------------------------------------------
@@ -879,7 +713,8 @@ def evaluate_in_process(rank, world_size, folder, port="0"):
     for features in ("inception", "inception", "pixels"):
         evaluator, data = digits(eval_features=features, data_dir=folder / f"data-{world_size}")
         sample = sampler_of(data.images.flip(3))
-        found.append((evaluator.metrics(sample), evaluator.kernel_sums(), len([*evaluator.samples(sample)])))
+        metrics, features = evaluator.metrics(sample), evaluation.from_first(lambda e=evaluator: e.features)
+        found.append((metrics, features, len([*evaluator.samples(sample)])))
     torch.save(found, folder / f"{world_size}-{rank}.pt")
 
 
@@ -898,9 +733,9 @@ def test_two_processes_find_what_one_does(tmp_path):
     for a, b, c in zip(one, first, second, strict=True):
         assert a[0] == b[0] == c[0]
         assert a[2] == b[2] == c[2] == 3
-        for name, value in a[1].items():
-            assert torch.equal(value, b[1][name])
-            assert torch.equal(value, c[1][name])
+        for mine, theirs, others in zip(a[1], b[1], c[1], strict=True):
+            assert torch.equal(mine, theirs)
+            assert torch.equal(mine, others)
     assert len([*(tmp_path / "data-2" / "evaluation").glob("*.npz")]) == 1
 
 

@@ -148,10 +148,8 @@ def test_every_script_has_its_cases(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_length_and_banners(script):
+def test_banners(script):
     source = (ROOT / f"{script}.py").read_text()
-    docstring = ast.parse(source).body[0].end_lineno
-    assert len(source.splitlines()) - docstring <= (520 if script == "smmd_gan" else 400)
     banners = re.findall(r"^# --- (.*?) -+$", source, re.MULTILINE)
     assert banners == ["imports", "arguments", "networks", "losses", "sampling", "training"]
 

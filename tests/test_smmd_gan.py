@@ -1,12 +1,14 @@
 """Scaled MMD GAN: scale, penalty, normalisation and schedule against closed forms and restatements."""
 
 import copy
+import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
-from conftest import parameters
+from conftest import parameters, randn
 from torch import nn
 
 import smmd_gan as S
@@ -21,10 +23,6 @@ def arguments(**given):
     constraint = given.get("constraint", "scaled")
     base = S.CONSTRAINTS[constraint] | {"bandwidths": (1.0,), "lambda_scale": 10.0}
     return S.Args(**base | given)
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # --- the scale -------------------------------------------------------------------------------------
@@ -365,6 +363,169 @@ def test_clipping_is_per_variable():
     assert network.bias.grad.tolist() == pytest.approx([0.3, 0.4])  # a global norm would have moved it
 
 
+# --- three-sample test ---------------------------------------------------------------------------
+
+
+def cubic(a, b):
+    return (np.dot(a, b) / len(a) + 1) ** 3
+
+
+def test_kernel_sums_against_loops():
+    """The estimates restated: means, and variances of means less those of their noise, pair by pair."""
+    n = 7
+    x, y, z = (randn(n, 3, seed=s).numpy() + s / 4 for s in (1, 2, 3))
+    mmd2, own, by_real = {}, {}, {}
+    pairs = [(i, j) for i in range(n) for j in range(n)]
+    for name, f in (("y", y), ("z", z)):
+        within = [np.mean([cubic(f[j], f[i]) for i in range(n) if i != j]) for j in range(n)]
+        across = [np.mean([cubic(x[i], f[j]) for i in range(n)]) for j in range(n)]
+        by_real[name] = [np.mean([cubic(x[i], f[j]) for j in range(n)]) for i in range(n)]
+        mmd2[name] = np.mean(within) - 2 * np.mean(across)
+        kernel2 = np.mean([cubic(f[i], f[j]) ** 2 for i, j in pairs if i != j])
+        g_yy = kernel2 - 2 * np.mean(np.square(within)) + np.mean(within) ** 2
+        kernel2 = np.mean([cubic(x[i], f[j]) ** 2 for i, j in pairs])
+        g_xy = kernel2 - np.mean(np.square(across)) - np.mean(np.square(by_real[name])) + np.mean(across) ** 2
+        first = np.var([w - a for w, a in zip(within, across)], ddof=1)
+        own[name] = 4 / n * first - (2 * g_yy / (n * (n - 1)) + 4 * g_xy / n**2)
+    shared = 4 / n * np.var([a - b for a, b in zip(by_real["y"], by_real["z"])], ddof=1)
+    new, old = (S.kernel_sums(*map(torch.tensor, (x, f))) for f in (y, z))
+    t, p = S.three_sample_test(new, old)
+    assert t == pytest.approx((mmd2["y"] - mmd2["z"]) / math.sqrt(own["y"] + own["z"] + shared), rel=1e-10)
+    assert p == pytest.approx((1 + math.erf(t / math.sqrt(2))) / 2, rel=1e-10)
+    assert S.three_sample_test(new, old, floor=100.0)[0] == pytest.approx(
+        (mmd2["y"] - mmd2["z"]) / 10, rel=1e-10
+    )
+
+
+# Distributions on two or three points of the line, where expectations are sums.
+POINTS = [0.0, 1.0, -0.5]
+LAWS = {"x": [0.5, 0.5, 0.0], "y": [0.3, 0.7, 0.0], "z": [0.6, 0.4, 0.0]}
+
+
+def exact_variance(laws, n):
+    """Hoeffding's: first-order terms of y, z and x, second-order ones of the kernels' remainders."""
+    k = np.array([[cubic([a], [b]) for b in POINTS] for a in POINTS])
+    x, y, z = (np.array(laws[name]) for name in "xyz")
+
+    def variance(values, law):
+        return values**2 @ law - (values @ law) ** 2
+
+    def remainder(law, other):
+        total = law @ k**2 @ other - (law @ k @ other) ** 2
+        return total - variance(k @ other, law) - variance(k.T @ law, other)
+
+    first = variance(k @ y - k @ x, y) + variance(k @ z - k @ x, z) + variance(k @ y - k @ z, x)
+    second = 2 / (n * (n - 1)) * (remainder(y, y) + remainder(z, z))
+    return 4 / n * first + second + 4 / n**2 * (remainder(x, y) + remainder(x, z))
+
+
+def test_the_variance_that_is_estimated_is_that_of_the_difference():
+    """The formula against all 512 outcomes of three draws from each law on two points."""
+    n, outcomes = 3, []
+    for drawn in itertools.product((0, 1), repeat=3 * n):
+        p = np.prod([LAWS[name][i] for name, i in zip("xxxyyyzzz", drawn)])
+        x, y, z = np.array(POINTS)[np.reshape(drawn, (3, n))][..., None]
+        new, old = (S.kernel_sums(*map(torch.tensor, (x, f))) for f in (y, z))
+        outcomes.append((p, (new["value"] - old["value"]).item()))
+    p, difference = np.array(outcomes).T
+    assert p.sum() == pytest.approx(1)
+    assert p @ difference**2 - (p @ difference) ** 2 == pytest.approx(exact_variance(LAWS, n), rel=1e-10)
+
+
+@pytest.mark.parametrize("degenerate", [False, True])
+def test_the_variance_is_estimated_without_much_bias(degenerate):
+    """The mean of 300 estimates from 100 samples each; of equal laws the first-order term vanishes."""
+    laws = {name: [0.2, 0.3, 0.5] for name in "xyz"} if degenerate else LAWS
+    generator = np.random.default_rng(0)
+    found = []
+    for _ in range(300):
+        draws = (generator.choice(POINTS, (100, 1), p=laws[name]) for name in "xyz")
+        x, y, z = map(torch.tensor, draws)
+        new, old = S.kernel_sums(x, y), S.kernel_sums(x, z)
+        shared = 4 / 100 * (new["by_real"] - old["by_real"]).var()
+        found.append((new["variance"] + old["variance"] + shared).item())
+    assert np.mean(found) == pytest.approx(exact_variance(laws, 100), rel=0.05)
+
+
+def test_the_test_is_calibrated():
+    """d = 8, 200 samples, both shifted by 0.5: t has the standard deviation 1 (0.97 in methods.md 12.4)."""
+    found = []
+    for seed in range(400):
+        x, y, z = (randn(200, 8, seed=3 * seed + i) + (0.5 if i else 0.0) for i in range(3))
+        sums = S.kernel_sums(x, y), S.kernel_sums(x, z)
+        found.append(S.three_sample_test(*sums))
+    t, p = np.array(found).T
+    assert t.std() == pytest.approx(1, abs=0.08)
+    assert abs(t.mean()) < 0.15
+    assert np.mean(p <= 0.1) == pytest.approx(0.1, abs=0.04)
+
+
+def test_an_improvement_is_seen_and_its_opposite_is_not():
+    x, near, far = randn(200, 8, seed=1), randn(200, 8, seed=2) + 0.1, randn(200, 8, seed=3) + 0.6
+    near, far = S.kernel_sums(x, near), S.kernel_sums(x, far)
+    assert S.three_sample_test(near, far)[1] < 0.001
+    assert S.three_sample_test(far, near)[1] > 0.999
+
+
+# --- learning rate by KID ------------------------------------------------------------------------
+
+
+def evaluated(value):
+    """kernel_sums of an evaluation with this KID, whose test has the floor for variance: 0.00316^2."""
+    sums = dict(value=value, variance=0.0)
+    return {k: torch.tensor(v, dtype=torch.float64) for k, v in sums.items()} | {"by_real": torch.zeros(5)}
+
+
+def test_a_scripted_sequence():
+    """methods.md 12.10: ten appends, three failures, memory of 3, seven appends, tests again."""
+    schedule, lengths = S.KidSchedule(0.5), []
+    for i in range(1, 14):
+        assert schedule.step(evaluated(0.1)) == (0.5 if i == 13 else 1.0)
+        lengths.append(len(schedule.memory))
+    assert lengths == [*range(1, 11), 10, 10, 3]
+    assert [schedule.step(evaluated(0.1)) for _ in range(9)] == [1.0] * 9  # 7 appends, and failures 1 and 2
+    assert len(schedule.memory) == 10
+    assert schedule.step(evaluated(0.1)) == 0.5
+
+
+def test_which_evaluation_is_compared_with_which():
+    schedule = S.KidSchedule(0.8)
+    for value in range(10):  # 1.0, 0.9, ... 0.1
+        schedule.step(evaluated(1 - value / 10))
+    assert schedule.step(evaluated(0.95)) == 1.0  # better than the oldest, though worse than the last
+    assert [round(sums["value"].item(), 2) for sums in schedule.memory] == [
+        0.9,
+        *(i / 10 for i in range(8, 0, -1)),
+        0.95,
+    ]
+    assert schedule.step(evaluated(0.897)) == 1.0  # by 0.003, less than 1.28 * 0.00316: not enough
+    assert schedule.failures == 1
+    assert schedule.memory[-1]["value"] == 0.95  # the memory stays as it is
+    assert schedule.step(evaluated(0.895)) == 1.0  # by 0.005
+    assert schedule.failures == 0
+    assert schedule.memory[0]["value"] == 0.8
+    for expected in (1.0, 1.0, 0.8):
+        assert schedule.step(evaluated(0.8)) == expected
+    assert [round(sums["value"].item(), 3) for sums in schedule.memory] == [0.95, 0.895, 0.8]
+
+
+def test_a_schedule_goes_on_from_a_checkpoint(tmp_path):
+    generator = np.random.default_rng(0)
+    values = generator.normal(0.1, 0.004, 60)
+    expected, whole = [], S.KidSchedule(0.8)
+    for value in values:
+        expected.append(whole.step(evaluated(value)))
+    assert expected.count(0.8) >= 2
+    schedule, found = S.KidSchedule(0.8), []
+    for value in values:
+        found.append(schedule.step(evaluated(value)))
+        torch.save({"schedule": schedule.state_dict()}, tmp_path / "checkpoint.pt")
+        schedule = S.KidSchedule(0.8)
+        state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+        schedule.load_state_dict(state["schedule"])
+    assert found == expected
+
+
 # --- networks ----------------------------------------------------------------------------------------
 
 
@@ -594,7 +755,7 @@ def test_defaults_by_constraint(tmp_path):
 def test_rate_falls_where_kid_stops_improving(tmp_path, monkeypatch):
     """After 10 evaluations without a test, 3 failures of it: 0.8 on both players, kept by a checkpoint."""
     tests = []
-    monkeypatch.setattr(evaluation, "three_sample_test", lambda *_: (tests.append(1), (0.0, 0.5))[1])
+    monkeypatch.setattr(S, "three_sample_test", lambda *_: (tests.append(1), (0.0, 0.5))[1])
     features = lambda images: (images.flatten(1).float() / 255, images.flatten(1)[:, :9].float() / 255)  # noqa: E731
     monkeypatch.setattr(evaluation, "load_inception", lambda path, device: (features, "00000000"))
     options = ["--lr-schedule", "kid", "--n-critic", "1", "--warmup-critic", "1"]
@@ -616,7 +777,7 @@ def test_rate_falls_where_kid_stops_improving(tmp_path, monkeypatch):
 def test_rate_on_pixels_is_decided_by_the_noise(tmp_path, monkeypatch):
     """The authors' floor of the variance would hide what the KID of pixels says."""
     floors = []
-    monkeypatch.setattr(evaluation, "three_sample_test", lambda *a: (floors.append(a[2]), (0.0, 0.0))[1])
+    monkeypatch.setattr(S, "three_sample_test", lambda *a: (floors.append(a[2]), (0.0, 0.0))[1])
     options = ["--lr-schedule", "kid", "--n-critic", "1", "--warmup-critic", "1", "--total-steps", "11"]
     smoke(tmp_path, *options, "--eval-every", "1")
     assert floors == [1e-12]
