@@ -80,7 +80,7 @@ class Args:
     eval_split: Literal["train", "test", "all"] | None = None  # the reference images
     eval_metrics: Literal["all", "fid"] = "all"  # fid: the Frechet distance alone, in bounded memory
     inception_weights: str | None = None  # file of torch-fidelity's weights (None: torch.hub's copy)
-    ms_ssim: bool = False  # evaluate MS-SSIM of pairs of samples too (pip install torchmetrics)
+    ms_ssim: bool = False  # evaluate MS-SSIM of pairs of samples too
     sample_bn: Literal["running", "batch"] | None = None  # batch norm's statistics when sampling
     runs_dir: str = "runs"  # folder of run folders
     resume: str | None = None  # run folder to go on from, with its arguments

@@ -8,7 +8,6 @@ is. Statistics are computed in float64.
 """
 
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -52,15 +51,13 @@ class Evaluator:
     def __init__(self, args) -> None:
         """Of args dataset, device, data_dir, ms_ssim, inception_weights and all of eval_... are read.
 
-        BadInput: Inception weights that cannot be had; what a toy has not; MS-SSIM without its library.
+        BadInput: Inception weights that cannot be had; what a toy has not.
         """
         self.args, self.extractor, self.weights = args, pixels, None
         self.device, self.rank, self.world_size = run.start(args.device)  # that of the run, if it has begun
         toy = args.dataset in datasets.TOYS
         require(not (args.ms_ssim and toy), "--ms-ssim", "on", "off for a data set of points")
         require(not (args.eval_metrics == "fid" and toy), "--eval-metrics", "fid", "all: points have no FID")
-        ok = not args.ms_ssim or importlib.util.find_spec("torchmetrics")
-        require(ok, "--ms-ssim", "on", "off where torchmetrics is missing (pip install torchmetrics)")
         require(toy or args.eval_samples >= 10, "--eval-samples", args.eval_samples, "at least 10")
         if args.eval_features == "inception" and not toy:
             self.extractor, self.weights = load_inception(args.inception_weights, self.device)
@@ -257,18 +254,66 @@ def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100, size: int = 1000) 
 
 
 def ms_ssim(images: Tensor) -> tuple[Tensor]:
-    """Return the MS-SSIM (n, 1) of each image (n, c, h, w) uint8 and another: high where samples are alike.
+    """Return the MS-SSIM (n, 1) of images (n, c, h, w) uint8 in pairs: high where samples are alike.
 
-    As Wang et al. 2019: resized to 256 (five scales need 176). The other is half of n further on, and each
-    image is in two pairs (n even: one, counted twice); a single image has none: NaN.
+    As Wang et al. 2019, resized to 256 x 256. Images i and i + n / 2 are a pair, whose value stands at both;
+    an odd last one has NaN.
     """
-    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+    half = len(images) // 2
+    values = torch.full((len(images), 1), math.nan, device=images.device)
+    if half > 0:
+        x, y = resize_from_corner(images[: 2 * half].float(), 256).split(half)
+        values[: 2 * half, 0] = multiscale_ssim(x, y).repeat(2)
+    return (values,)
 
-    if len(images) < 2:
-        return (torch.full((len(images), 1), math.nan, device=images.device),)
-    a = F.interpolate(images.float(), (256, 256), mode="bilinear")
-    options = dict(data_range=255.0, reduction="none")
-    return (multiscale_structural_similarity_index_measure(a, a.roll(len(a) // 2, 0), **options)[:, None],)
+
+def resize_from_corner(images: Tensor, size: int) -> Tensor:
+    """Resize images (n, c, h, w) bilinearly as TensorFlow 1 does: pixel i is what is at i * side / size."""
+
+    def weights(side: int) -> Tensor:
+        position = torch.arange(size, device=images.device) * (side / size)
+        below = position.long()
+        above = (below + 1).clamp_max(side - 1)
+        fraction = (position - below)[:, None]
+        return F.one_hot(below, side) * (1 - fraction) + F.one_hot(above, side) * fraction  # (size, side)
+
+    return weights(images.shape[2]) @ images @ weights(images.shape[3]).T
+
+
+def multiscale_ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Return the MS-SSIM (n,) of images x and y (n, c, h, w) in [0, 255], as tf.image.ssim_multiscale does.
+
+    The contrast of four scales and the SSIM of the fifth, to Wang et al. 2003's powers, multiplied; of each
+    channel, then averaged. Sides must be at least 176 and divisible by 16.
+    """
+    product = 1.0
+    for power in (0.0448, 0.2856, 0.3001, 0.2363):
+        _, contrast = ssim(x, y)
+        product = product * contrast.relu() ** power
+        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+    coarsest, _ = ssim(x, y)
+    return (product * coarsest.relu() ** 0.1333).mean(1)
+
+
+def ssim(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return SSIM and its factor of contrast and structure, both (n, c), of x and y (n, c, h, w) in [0, 255].
+
+    Means over all places of a Gaussian window, 11 x 11 with sigma 1.5, that lies within the image.
+    """
+    distance = torch.arange(-5.0, 6.0, device=x.device)
+    window = torch.softmax(-distance.square() / (2 * 1.5**2), 0).to(x.dtype)
+
+    def local_mean(z: Tensor) -> Tensor:
+        rows = F.conv2d(z.flatten(0, 1)[:, None], window[None, None, :, None])
+        return F.conv2d(rows, window[None, None, None, :]).view(*z.shape[:2], -1)
+
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    mean_x, mean_y = local_mean(x), local_mean(y)
+    covariance = local_mean(x * y) - mean_x * mean_y
+    variances = local_mean(x * x + y * y) - mean_x**2 - mean_y**2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    contrast = (2 * covariance + c2) / (variances + c2)
+    return (luminance * contrast).mean(2), contrast.mean(2)
 
 
 def inception_metrics(logits: Tensor, fake: Tensor, real: Tensor) -> dict[str, float]:
@@ -350,7 +395,7 @@ def toy_metrics(name: str, fake: Tensor) -> dict[str, float]:
     """Return mmd, high_quality and modes of samples (n, d) of a toy; of the swiss roll, curve_distance too.
 
     high_quality: the share of samples within 3 standard deviations of the noise of a mode. modes: how many
-    have at least a quarter of their fair share of those. The roll's "modes" are ten equal parts of its curve.
+    have at least 10 of those and a quarter of their fair share. The roll has ten: equal parts of its curve.
     """
     real, scale = datasets.draw_toy(name, TOY_SAMPLES, mix(0, 5)), datasets.draw_toy(name, 1000, mix(0, 6))
     metrics = {"mmd": common_mmd2(real.double(), fake.double(), scale.double())}
@@ -364,8 +409,8 @@ def toy_metrics(name: str, fake: Tensor) -> dict[str, float]:
         metrics["curve_distance"], nearest = d2.sqrt().mean().item() * std, nearest // 200
     good, modes = d2 <= 9, 10 if name == "swissroll" else len(centres)
     counts = torch.bincount(nearest[good], minlength=modes)
-    covered = (counts >= math.ceil(max(1, good.sum().item() / modes / 4))).sum().item()
-    return metrics | {"high_quality": good.float().mean().item(), "modes": covered}
+    covered = counts >= max(10, counts.sum().item() / modes / 4)
+    return metrics | {"high_quality": good.float().mean().item(), "modes": covered.sum().item()}
 
 
 def draw_points(path: Path, fake: Tensor, name: str) -> None:
@@ -396,7 +441,7 @@ class Args:
     eval_metrics: Literal["all", "fid"] = "all"  # fid: the Frechet distance alone, in bounded memory
     eval_samples: int = 50_000  # images of either side, at most
     image_size: int | None = None  # side to which folders and data sets are resized
-    ms_ssim: bool = False  # of pairs of FAKE too; needs the extra eval
+    ms_ssim: bool = False  # of pairs of FAKE too
     json: str | None = None  # file to write metrics and protocol to
     data_dir: str = "data"  # folder of the data sets and of cached statistics
     inception_weights: str | None = None  # file of torch-fidelity's weights (None: torch.hub's copy)

@@ -170,6 +170,69 @@ def test_ms_ssim_of_a_pair_stands_at_both_images():
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert evaluation.ms_ssim(torch.cat([half[:1], 255 - half[:1]]))[0].max() < 0.5
     assert evaluation.ms_ssim(half[:1])[0].isnan().all()  # no pair
+    three = evaluation.ms_ssim(torch.cat([half[:1], other[:1], half[1:]]))[0]
+    assert three.isnan().tolist() == [[False], [False], [True]]
+
+
+def ms_ssim_by_scipy(x, y):
+    """Wang et al. 2003 of (h, w, c) float64 in [0, 255], window by window and channel by channel."""
+    from scipy.signal import correlate2d
+
+    window = np.exp(-((np.arange(11) - 5)[:, None] ** 2 + (np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    window /= window.sum()
+    values = []
+    for a, b in zip(np.moveaxis(x, 2, 0), np.moveaxis(y, 2, 0)):
+        value = 1
+        for scale, power in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
+            mean = {name: correlate2d(z, window, "valid") for name, z in {"a": a, "b": b}.items()}
+            aa, bb, ab = (correlate2d(z, window, "valid") for z in (a * a, b * b, a * b))
+            contrast = 2 * (ab - mean["a"] * mean["b"]) + (0.03 * 255) ** 2
+            contrast = contrast / (aa - mean["a"] ** 2 + bb - mean["b"] ** 2 + (0.03 * 255) ** 2)
+            luminance = 2 * mean["a"] * mean["b"] + (0.01 * 255) ** 2
+            luminance = luminance / (mean["a"] ** 2 + mean["b"] ** 2 + (0.01 * 255) ** 2)
+            factor = contrast if scale < 4 else contrast * luminance
+            value *= max(0, factor.mean()) ** power
+            a, b = (z.reshape(len(z) // 2, 2, -1, 2).mean((1, 3)) for z in (a, b))
+        values.append(value)
+    return np.mean(values)
+
+
+def enlarged(image, size):
+    """TensorFlow 1's bilinear resizing of (h, w, c): no half pixels, the last row and column repeated."""
+    h, w, _ = image.shape
+    result = np.zeros((size, size, image.shape[2]))
+    for i, j in itertools.product(range(size), repeat=2):
+        (row, up), (column, left) = divmod(i * h / size, 1), divmod(j * w / size, 1)
+        row, column, down, right = (
+            int(row),
+            int(column),
+            min(int(row) + 1, h - 1),
+            min(int(column) + 1, w - 1),
+        )
+        top = image[row, column] * (1 - left) + image[row, right] * left
+        bottom = image[down, column] * (1 - left) + image[down, right] * left
+        result[i, j] = top * (1 - up) + bottom * up
+    return result
+
+
+@pytest.mark.parametrize(
+    ("noise", "tensorflow"), [(20, (0.49568406, 0.75865161)), (90, (0.13384606, 0.21443337))]
+)
+def test_ms_ssim_is_that_of_tensorflow(noise, tensorflow):
+    """Against loops, and what TensorFlow 2.21 gave: a smooth image and a noisy one, of which one channel is
+    unlike. Colour, and grey."""
+    generator = np.random.default_rng(0)
+    rows, columns = np.mgrid[:48, :32]
+    smooth = 128 + 90 * np.sin(rows / 5)[..., None] * np.cos(columns[..., None] / [4, 6, 9])
+    noisy = smooth + noise * generator.standard_normal(smooth.shape)
+    noisy[..., 2] = 255 - noisy[..., 2]
+    pair = np.stack([smooth, noisy]).round().clip(0, 255)
+    for channels, recorded in zip(([0, 1, 2], [0]), tensorflow):
+        images = pair[..., channels]
+        expected = ms_ssim_by_scipy(*(enlarged(image, 256) for image in images))
+        found = evaluation.ms_ssim(torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.uint8))[0]
+        assert expected == pytest.approx(recorded, rel=1e-4)
+        assert found.flatten().tolist() == pytest.approx([expected] * 2, rel=1e-4)
 
 
 def test_ms_ssim_of_a_run_is_the_mean_over_pairs(monkeypatch):
@@ -251,11 +314,14 @@ def test_a_sampler_of_some_of_the_modes_covers_these(name, keep, metrics_of):
     assert metrics["mmd"] > 0.1
 
 
-def test_a_mode_with_under_a_quarter_of_its_fair_share_is_not_covered(metrics_of):
-    """Seven modes with 100 each; the eighth with 20 does not count, with 40 it does."""
+@pytest.mark.parametrize(
+    ("others", "last", "covered"), [(100, 20, 7), (100, 40, 8), (10, 9, 7), (10, 10, 8), (9, 9, 0)]
+)
+def test_a_mode_wants_ten_samples_and_a_quarter_of_its_fair_share(others, last, covered, metrics_of):
+    """Seven modes of the first number, the eighth of the second; samples of no mode count for none."""
     centres = datasets.toy_modes("8gaussians")[0]
-    for last, covered in ((20, 7), (40, 8)):
-        fake = centres.repeat_interleave(torch.tensor([100] * 7 + [last]), 0)
+    fake = centres.repeat_interleave(torch.tensor([others] * 7 + [last]), 0)
+    for fake in (fake, torch.cat([fake, torch.zeros(1000, 2)])):
         assert metrics_of("8gaussians", fake)["modes"] == covered
 
 
@@ -693,12 +759,6 @@ def test_what_cannot_be_compared_is_one_line(argv, message, tmp_path, monkeypatc
 def test_ms_ssim_of_points_is_refused():
     with pytest.raises(BadInput, match="--ms-ssim is on, but should be off"):
         Evaluator(arguments(dataset="8gaussians", ms_ssim=True))
-
-
-def test_ms_ssim_without_its_library_is_refused(monkeypatch):
-    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(BadInput, match="pip install torchmetrics"):
-        evaluation.main(evaluation.Args("digits", "digits", eval_features="pixels", ms_ssim=True))
 
 
 # --- several processes ---------------------------------------------------------------------------
