@@ -201,14 +201,11 @@ def enlarged(image, size):
     """TensorFlow 1's bilinear resizing of (h, w, c): no half pixels, the last row and column repeated."""
     h, w, _ = image.shape
     result = np.zeros((size, size, image.shape[2]))
-    for i, j in itertools.product(range(size), repeat=2):
-        (row, up), (column, left) = divmod(i * h / size, 1), divmod(j * w / size, 1)
-        row, column, down, right = (
-            int(row),
-            int(column),
-            min(int(row) + 1, h - 1),
-            min(int(column) + 1, w - 1),
-        )
+    for i, j in np.ndindex(size, size):
+        row, up = divmod(i * h / size, 1)
+        column, left = divmod(j * w / size, 1)
+        row, column = int(row), int(column)
+        down, right = min(row + 1, h - 1), min(column + 1, w - 1)
         top = image[row, column] * (1 - left) + image[row, right] * left
         bottom = image[down, column] * (1 - left) + image[down, right] * left
         result[i, j] = top * (1 - up) + bottom * up
