@@ -63,6 +63,7 @@ class Args:
     dataset: str = "digits"  # a name in the README's table of data sets, or folder:PATH
     data_dir: str = "data"  # folder that holds the data sets, and that they are downloaded to
     image_size: int | None = None  # side in pixels to which images are resized
+    train_split: Literal["train", "all"] | None = None  # images trained on; digits, folders: train alone
     total_steps: int | None = None  # generator updates: the unit of everything that counts steps
     batch_size: int | None = None  # real samples per update, over all processes
     seed: int = 1  # seeds weights, order of the data, and noise
@@ -70,7 +71,7 @@ class Args:
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: networks under autocast, losses in float32
     compile: bool = False  # torch.compile the networks where no double backward is needed
     width: int | None = None  # base channel count of the networks; on toys, units of a hidden layer
-    ema_decay: float = 0.0  # sample from a moving average of the generator, with this decay; 0 is off
+    ema_decay: float = 0.0  # sample from a moving average of the generator, which ends at this decay; 0: off
     log_every: int = 100  # steps between points of the curves; 0 is never; the last step always logs
     sample_every: int = 500  # steps between pictures; 0 is never; the last step always draws one
     eval_every: int | None = None  # steps between evaluations, the last step included; 0 is never
@@ -105,7 +106,8 @@ DEFAULTS = {
     "images": dict(
         image_size=64, total_steps=40_000, batch_size=1000, width=1024, ae_steps=3000, latent_dim=10,
         bandwidths=tuple(v**0.5 for v in (2, 5, 10, 20, 40, 80)), optimizer="sgd", learning_rate=2.0,
-        drop_step=10_000, eval_every=5000, eval_features="inception", eval_split="train", sample_bn="running",
+        drop_step=10_000, eval_every=5000, eval_features="inception", train_split="train",
+        eval_split="train", sample_bn="running",
     ),
     "cifar10": dict(image_size=32),  # Deviation 6
     "stl10": dict(image_size=48),
@@ -121,19 +123,18 @@ DEFAULTS = {
 }  # fmt: skip
 AE_BATCH = 100  # real images per update of the auto-encoder
 VALUE_RANGE = (0.0, 1.0)
-LEAST = {"width": 16, "ae_steps": 1, "drop_step": 0}  # bounds of the above
-LOSSES = ("generator", "autoencoder")
+LOWER_BOUNDS = {"width": 16, "ae_steps": 1, "drop_step": 0}  # bounds of the above
 SCRIPT = Path(__file__).stem
 
 
 def resolve(args: Args) -> Args:
     """Return args with its data set's values where None stands; BadInput if they make no run."""
-    defaults = DEFAULTS["images"], DEFAULTS.get(datasets.kind(args.dataset), {})
+    defaults = DEFAULTS["images"], DEFAULTS.get(datasets.family(args.dataset), {})
     rq = {"bandwidths": (0.2, 0.5, 1.0, 2.0, 5.0)} if args.kernel == "rq" else {}  # Deviation 7
     code = {"bandwidths": (1.0,)} if args.autoencoder and args.kernel == "rbf" else {}  # [C]: one kernel
     toy = args.dataset in datasets.TOYS
     run.require(not (args.autoencoder and toy), "--autoencoder", "on", "left out for a data set of points")
-    return run.resolve(args, *defaults, rq, code, least=LEAST)
+    return run.resolve(args, *defaults, rq, code, lower_bounds=LOWER_BOUNDS)
 
 
 # --- networks --------------------------------------------------------------------------------------
@@ -267,7 +268,7 @@ def train(args: Args) -> dict[str, float]:
     args = resolve(args)
     device, rank, world_size = run.start(args.device)
     evaluator = evaluation.Evaluator(args) if args.eval_every or args.eval_only else None
-    data = datasets.load(args, "train", VALUE_RANGE, device, rank, world_size)
+    data = datasets.load(args, args.train_split, VALUE_RANGE, device, rank, world_size)
     if evaluator:
         evaluator.set_reference(data)
 
@@ -285,8 +286,7 @@ def train(args: Args) -> dict[str, float]:
         ae_optimizer = torch.optim.SGD(autoencoder.parameters(), 0.1)
         models |= {"autoencoder": autoencoder, "ae_optimizer": ae_optimizer}
     if args.ema_decay:
-        average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema_decay)
-        models["ema"] = torch.optim.swa_utils.AveragedModel(generator, multi_avg_fn=average)
+        models["ema"] = copy.deepcopy(generator)
     step = run.load_checkpoint(args, SCRIPT, models)  # 0 without --resume
     if args.compile:
         generator.compile()
@@ -296,21 +296,21 @@ def train(args: Args) -> dict[str, float]:
     folder = run.make_folder(args, SCRIPT, rank)
     ae_total, ae_done = (3 * args.ae_steps, int(autoencoder.updates)) if args.autoencoder else (0, 0)
     writer = run.make_writer(folder, args, step + ae_done - ae_total, rank)  # the auto-encoder's end at 0
-    first_bad = torch.zeros(len(LOSSES), dtype=torch.int64, device=device)  # first step not finite
+    finite = run.Finite()
     metrics = {}
 
-    def due(every: int) -> bool:
-        return step == args.total_steps or (every > 0 and step % every == 0)
+    def last_or_every(n: int) -> bool:
+        return step == args.total_steps or (n > 0 and step % n == 0)
 
     def save() -> None:
-        run.check_finite(LOSSES, first_bad)
+        finite.check()
         writer.flush()  # the curves up to a checkpoint are not lost with what comes after it
         run.save_checkpoint(folder, args, SCRIPT, step, models, rank)
 
     def sample(n: int, i: int) -> Tensor:
         """Return chunk i of samples, (n, *shape), from a copy: sampling leaves no trace in training."""
-        torch.manual_seed(run.mix(args.seed, 1, i))
-        model = copy.deepcopy(models["ema"].module if args.ema_decay else generator)
+        torch.manual_seed(run.mix(args.seed, run.Stream.SAMPLES, i))
+        model = copy.deepcopy(models["ema"] if args.ema_decay else generator)
         with torch.no_grad():
             fake = run.for_sampling(model, args.sample_bn)(draw_noise(n, args, device)).float()
             return autoencoder.eval().decode(fake) if args.autoencoder else fake
@@ -335,13 +335,12 @@ def train(args: Args) -> dict[str, float]:
         save()  # from here on there is always something to resume from
 
     # The auto-encoder comes before the generator: layer by layer, then as a whole.
-    updates, ae_loss = range(ae_done + 1, ae_total + 1), torch.zeros((), device=device)
+    updates = range(ae_done + 1, ae_total + 1)
     for update in tqdm(updates, "auto-encoder", disable=None if rank == 0 and updates else True):
-        torch.manual_seed(run.mix(args.seed, 2, update, rank))
+        torch.manual_seed(run.mix(args.seed, run.Stream.AUTOENCODER, update, rank))
         real = data.batch(update - 1)[: max(1, AE_BATCH // world_size)]
         ae_loss = update_autoencoder(autoencoder, ae_optimizer, real, update, args.ae_steps)
-        bad = ~torch.stack([torch.zeros_like(ae_loss), ae_loss]).isfinite()
-        first_bad.masked_fill_(bad & (first_bad == 0), update)
+        finite.note(update, autoencoder=ae_loss)
         if args.log_every and update % args.log_every == 0:
             writer.add_scalar("losses/autoencoder", ae_loss, update - ae_total)
         stopping = run.stop_asked(update)
@@ -354,7 +353,8 @@ def train(args: Args) -> dict[str, float]:
     begin, begin_step = time.time(), step
     steps = range(step + 1, args.total_steps + 1)
     for step in tqdm(steps, initial=step, total=args.total_steps, disable=None if rank == 0 else True):
-        torch.manual_seed(run.mix(args.seed, 0, step, rank))  # whatever is random depends on the step alone
+        # Whatever is random in a step depends on its number alone.
+        torch.manual_seed(run.mix(args.seed, run.Stream.STEP, step, rank))
         real = data.batch(step - 1)
         noise = draw_noise(len(real), args, device)
 
@@ -374,11 +374,11 @@ def train(args: Args) -> dict[str, float]:
         g_optimizer.step()
 
         if args.ema_decay:
-            models["ema"].update_parameters(generator)
-        first_bad.masked_fill_(~torch.stack([g_loss, ae_loss]).isfinite() & (first_bad == 0), step)
+            run.update_average(models["ema"], generator, args.ema_decay, step)
+        finite.note(step, generator=g_loss)
 
-        if due(args.log_every):
-            run.check_finite(LOSSES, first_bad)
+        if last_or_every(args.log_every):
+            finite.check()
             with torch.no_grad():
                 k_xx, k_xy, k_yy = kernels.gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
             scalars = {"losses/generator": g_loss, "charts/learning_rate": late * args.learning_rate}
@@ -386,12 +386,12 @@ def train(args: Args) -> dict[str, float]:
             scalars |= {"charts/steps_per_second": (step - begin_step) / (time.time() - begin)}
             for tag, value in scalars.items():
                 writer.add_scalar(tag, value, step)
-        if due(args.sample_every):
+        if last_or_every(args.sample_every):
             picture()
-        if args.eval_every and due(args.eval_every):
+        if args.eval_every and last_or_every(args.eval_every):
             evaluate()
         stopping = run.stop_asked(step) and step < args.total_steps
-        if due(args.save_every) or stopping:
+        if last_or_every(args.save_every) or stopping:
             save()
         if stopping:
             run.leave(writer, folder, step)

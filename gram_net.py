@@ -71,6 +71,7 @@ class Args:
     dataset: str = "digits"  # a name in the README's table of data sets, or folder:PATH
     data_dir: str = "data"  # folder that holds the data sets, and that they are downloaded to
     image_size: int | None = None  # side in pixels to which images are resized
+    train_split: Literal["train", "all"] | None = None  # images trained on; digits, folders: train alone
     total_steps: int | None = None  # generator updates: the unit of everything that counts steps
     batch_size: int | None = None  # real samples per update, over all processes
     seed: int = 1  # seeds weights, order of the data, and noise
@@ -78,7 +79,7 @@ class Args:
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: networks under autocast, losses in float32
     compile: bool = False  # torch.compile the networks where no double backward is needed
     width: int | None = None  # base channel count of the networks; on toys, units of a hidden layer
-    ema_decay: float = 0.0  # sample from a moving average of the generator, with this decay; 0 is off
+    ema_decay: float = 0.0  # sample from a moving average of the generator, which ends at this decay; 0: off
     log_every: int = 100  # steps between points of the curves; 0 is never; the last step always logs
     sample_every: int = 500  # steps between pictures; 0 is never; the last step always draws one
     eval_every: int | None = None  # steps between evaluations, the last step included; 0 is never
@@ -115,7 +116,7 @@ DEFAULTS = {
     "images": dict(
         image_size=64, total_steps=156_000, batch_size=64, width=32, bandwidths=(1.0, 2.0, 4.0, 8.0, 16.0),
         feature_dim=128, latent_dim=128, learning_rate=5e-5, critic_learning_rate=5e-5, eval_every=7800,
-        eval_features="inception", eval_split="train", sample_bn="batch",
+        eval_features="inception", train_split="train", eval_split="train", sample_bn="batch",
     ),
     "cifar10": dict(image_size=32, eval_split="test"),
     "celeba": dict(eval_split="test"),
@@ -135,17 +136,16 @@ DEFAULTS = {
     ),  # Appendix B.1 with h = 2; Deviations 7 and 9
 }  # fmt: skip
 VALUE_RANGE = (-1.0, 1.0)
-LEAST = {"ridge": 0, "positivity_weight": 0}  # bounds of the above
-LOSSES = ("critic", "generator")
+LOWER_BOUNDS = {"ridge": 0, "positivity_weight": 0}  # bounds of the above
 SCRIPT = Path(__file__).stem
 
 
 def resolve(args: Args) -> Args:
     """Return args with its data set's values where None stands; BadInput if they make no run."""
-    defaults = DEFAULTS["images"], DEFAULTS.get(datasets.kind(args.dataset), {})
+    defaults = DEFAULTS["images"], DEFAULTS.get(datasets.family(args.dataset), {})
     ok = not args.as_coded or args.positivity == "sum"
     run.require(ok, "--positivity", "clip", "left out: --as-coded has no such term")
-    args = run.resolve(args, *defaults, least=LEAST)
+    args = run.resolve(args, *defaults, lower_bounds=LOWER_BOUNDS)
     if args.dataset not in datasets.TOYS:
         levels(args.image_size)  # which refuses a size that fits no network
     return args
@@ -233,7 +233,7 @@ def density_ratio(k_de: Tensor, k_de_nu: Tensor, ridge: float) -> Tensor:
     """
     n_de, n_nu = k_de_nu.shape[-2:]
     k_de = k_de.double() + ridge * torch.eye(n_de, dtype=torch.float64, device=k_de.device)  # Deviation 2
-    # solve_ex leaves a singular matrix to run.check_finite, and does not wait for the device.
+    # solve_ex leaves a singular matrix to run.Finite, and does not wait for the device.
     return torch.linalg.solve_ex(k_de, k_de_nu.double().sum(-1)).result * (n_de / n_nu)
 
 
@@ -320,7 +320,7 @@ def train(args: Args) -> dict[str, float]:
     args = resolve(args)
     device, rank, world_size = run.start(args.device)
     evaluator = evaluation.Evaluator(args) if args.eval_every or args.eval_only else None
-    data = datasets.load(args, "train", VALUE_RANGE, device, rank, world_size)
+    data = datasets.load(args, args.train_split, VALUE_RANGE, device, rank, world_size)
     if evaluator:
         evaluator.set_reference(data)
     has_weak = len(data.shape) == 3 and data.shape != MNIST and levels(data.shape[1]) > 1
@@ -335,8 +335,7 @@ def train(args: Args) -> dict[str, float]:
     models = dict(generator=generator, critic=critic, g_optimizer=g_optimizer, c_optimizer=c_optimizer)
     run.prepare(models, device)  # on GPUs: channels last, batch norm over all processes
     if args.ema_decay:
-        average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema_decay)
-        models["ema"] = torch.optim.swa_utils.AveragedModel(generator, multi_avg_fn=average)
+        models["ema"] = copy.deepcopy(generator)
     step = run.load_checkpoint(args, SCRIPT, models)  # 0 without --resume
     if args.compile:
         generator.compile()
@@ -346,21 +345,21 @@ def train(args: Args) -> dict[str, float]:
     # Run folder
     folder = run.make_folder(args, SCRIPT, rank)
     writer = run.make_writer(folder, args, step, rank)
-    first_bad = torch.zeros(len(LOSSES), dtype=torch.int64, device=device)  # first step not finite
+    finite = run.Finite()
     metrics = {}
 
-    def due(every: int) -> bool:
-        return step == args.total_steps or (every > 0 and step % every == 0)
+    def last_or_every(n: int) -> bool:
+        return step == args.total_steps or (n > 0 and step % n == 0)
 
     def save() -> None:
-        run.check_finite(LOSSES, first_bad)
+        finite.check()
         writer.flush()  # the curves up to a checkpoint are not lost with what comes after it
         run.save_checkpoint(folder, args, SCRIPT, step, models, rank)
 
     def sample(n: int, i: int) -> Tensor:
         """Return chunk i of samples, (n, *shape), from a copy: sampling leaves no trace in training."""
-        torch.manual_seed(run.mix(args.seed, 1, i))
-        model = copy.deepcopy(models["ema"].module if args.ema_decay else generator)
+        torch.manual_seed(run.mix(args.seed, run.Stream.SAMPLES, i))
+        model = copy.deepcopy(models["ema"] if args.ema_decay else generator)
         with torch.no_grad():
             return run.for_sampling(model, args.sample_bn)(draw_noise(n, args, device)).float()
 
@@ -391,7 +390,8 @@ def train(args: Args) -> dict[str, float]:
     begin, begin_step = time.time(), step
     steps = range(step + 1, args.total_steps + 1)
     for step in tqdm(steps, initial=step, total=args.total_steps, disable=None if rank == 0 else True):
-        torch.manual_seed(run.mix(args.seed, 0, step, rank))  # whatever is random depends on the step alone
+        # Whatever is random in a step depends on its number alone.
+        torch.manual_seed(run.mix(args.seed, run.Stream.STEP, step, rank))
         real = data.batch(step - 1)
         noise = draw_noise(len(real), args, device)
         # Both players from one graph: simultaneous updates.
@@ -412,22 +412,22 @@ def train(args: Args) -> dict[str, float]:
         g_optimizer.step()
 
         if args.ema_decay:
-            models["ema"].update_parameters(generator)
-        first_bad.masked_fill_(~torch.stack([c_loss, g_loss]).isfinite() & (first_bad == 0), step)
+            run.update_average(models["ema"], generator, args.ema_decay, step)
+        finite.note(step, critic=c_loss, generator=g_loss)
 
-        if due(args.log_every):
-            run.check_finite(LOSSES, first_bad)
+        if last_or_every(args.log_every):
+            finite.check()
             scalars = {"losses/critic": c_loss, "losses/generator": g_loss}
             scalars |= logged
             scalars |= {"charts/steps_per_second": (step - begin_step) / (time.time() - begin)}
             for tag, value in scalars.items():
                 writer.add_scalar(tag, value, step)
-        if due(args.sample_every):
+        if last_or_every(args.sample_every):
             picture()
-        if args.eval_every and due(args.eval_every):
+        if args.eval_every and last_or_every(args.eval_every):
             evaluate()
         stopping = run.stop_asked(step) and step < args.total_steps
-        if due(args.save_every) or stopping:
+        if last_or_every(args.save_every) or stopping:
             save()
         if stopping:
             run.leave(writer, folder, step)

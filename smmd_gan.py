@@ -95,6 +95,7 @@ class Args:
     dataset: str = "digits"  # a name in the README's table of data sets, or folder:PATH
     data_dir: str = "data"  # folder that holds the data sets, and that they are downloaded to
     image_size: int | None = None  # side in pixels to which images are resized
+    train_split: Literal["train", "all"] | None = None  # images trained on; digits, folders: train alone
     total_steps: int | None = None  # generator updates: the unit of everything that counts steps
     batch_size: int | None = None  # real samples per update, over all processes
     seed: int = 1  # seeds weights, order of the data, and noise
@@ -102,7 +103,7 @@ class Args:
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: networks under autocast, losses in float32
     compile: bool = False  # torch.compile the networks where no double backward is needed
     width: int | None = None  # base channel count of the networks; on toys, units of a hidden layer
-    ema_decay: float = 0.0  # sample from a moving average of the generator, with this decay; 0 is off
+    ema_decay: float = 0.0  # sample from a moving average of the generator, which ends at this decay; 0: off
     log_every: int = 100  # steps between points of the curves; 0 is never; the last step always logs
     sample_every: int = 500  # steps between pictures; 0 is never; the last step always draws one
     eval_every: int | None = None  # steps between evaluations, the last step included; 0 is never
@@ -147,15 +148,16 @@ class Args:
 DEFAULTS = {
     "images": dict(
         image_size=64, total_steps=150_000, batch_size=64, width=64, latent_dim=128, learning_rate=2e-4,
-        lambda_scale=10.0, eval_every=10_000, eval_features="inception", eval_split="train",
-        sample_bn="batch",
+        lambda_scale=10.0, eval_every=10_000, eval_features="inception", train_split="train",
+        eval_split="train", sample_bn="batch",
     ),
-    "cifar10": dict(image_size=32, learning_rate=1e-4, eval_split="all"),
+    "cifar10": dict(image_size=32, learning_rate=1e-4, train_split="all", eval_split="all"),  # Deviation 12
     "stl10": dict(image_size=48),  # ours
-    "celeba": dict(image_size=160, learning_rate=1e-4, eval_split="all"),
+    "celeba": dict(image_size=160, learning_rate=1e-4, train_split="all", eval_split="all"),
     "lsun-bedroom": dict(learning_rate=1e-4),  # [B]
     "mnist": dict(
-        image_size=28, total_steps=50_000, learning_rate=1e-4, eval_features="pixels", eval_split="all",
+        image_size=28, total_steps=50_000, learning_rate=1e-4, eval_features="pixels", train_split="all",
+        eval_split="all",
     ),  # fashion-mnist too
     "digits": dict(
         image_size=8, total_steps=1000, width=16, learning_rate=1e-3, eval_every=250, eval_features="pixels",
@@ -172,17 +174,16 @@ CONSTRAINTS = {  # [C] of [P], and of [B] for the penalty; Deviation 13
     "swgan": dict(kernel="linear", feature_dim=1, critic_norm="spectral"),
 }
 VALUE_RANGE = (0.0, 1.0)
-LEAST = {"lambda_scale": 0, "lambda_gp": 0, "lambda_activation": 0, "clip_norm": 0, "warmup_critic": 1}
-LOSSES = ("critic", "generator")
+LOWER_BOUNDS = {"lambda_scale": 0, "lambda_gp": 0, "lambda_activation": 0, "clip_norm": 0, "warmup_critic": 1}
 SCRIPT = Path(__file__).stem
 
 
 def resolve(args: Args) -> Args:
     """Return args with its data set's values where None stands; BadInput if they make no run."""
-    defaults = DEFAULTS["images"], DEFAULTS.get(datasets.kind(args.dataset), {})
+    defaults = DEFAULTS["images"], DEFAULTS.get(datasets.family(args.dataset), {})
     poster = {"lambda_scale": 1.0} if args.scale_form == "poster" else {}
     kid = {"eval_every": 2000} if args.lr_schedule == "kid" else {}
-    args = run.resolve(args, CONSTRAINTS[args.constraint], *defaults, poster, kid, least=LEAST)
+    args = run.resolve(args, CONSTRAINTS[args.constraint], *defaults, poster, kid, lower_bounds=LOWER_BOUNDS)
     bandwidths = (0.2, 0.5, 1.0, 2.0, 5.0) if args.kernel in ("rq", "rq-linear") else (1.0,)  # Deviation 5
     args = run.resolve(args, {"bandwidths": bandwidths, "critic_learning_rate": args.learning_rate})
     ok = args.constraint != "swgan" or (args.kernel, args.feature_dim) == ("linear", 1)
@@ -511,9 +512,8 @@ def train(args: Args) -> dict[str, float]:
     # Set-up: nothing is written before all that can be wrong with the input has been found.
     args = resolve(args)
     device, rank, world_size = run.start(args.device)
-    split = DEFAULTS.get(datasets.kind(args.dataset), {}).get("eval_split", "train")  # Deviation 12
     evaluator = evaluation.Evaluator(args) if args.eval_every or args.eval_only else None
-    data = datasets.load(args, split, VALUE_RANGE, device, rank, world_size)
+    data = datasets.load(args, args.train_split, VALUE_RANGE, device, rank, world_size)
     if evaluator:
         evaluator.set_reference(data)
 
@@ -528,8 +528,7 @@ def train(args: Args) -> dict[str, float]:
     models = dict(generator=generator, critic=critic, g_optimizer=g_optimizer, c_optimizer=c_optimizer)
     run.prepare(models, device)  # on GPUs: channels last, batch norm over all processes
     if args.ema_decay:
-        average = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema_decay)
-        models["ema"] = torch.optim.swa_utils.AveragedModel(generator, multi_avg_fn=average)
+        models["ema"] = copy.deepcopy(generator)
     models["lr_schedule"] = schedule = KidSchedule(0.8, args.eval_features)  # Deviation 9
     step = run.load_checkpoint(args, SCRIPT, models, args.lr_schedule == "kid")  # 0 without --resume
     if args.compile:
@@ -540,21 +539,21 @@ def train(args: Args) -> dict[str, float]:
     # Run folder
     folder = run.make_folder(args, SCRIPT, rank)
     writer = run.make_writer(folder, args, step, rank)
-    first_bad = torch.zeros(len(LOSSES), dtype=torch.int64, device=device)  # first step not finite
+    finite = run.Finite()
     metrics = {}
 
-    def due(every: int) -> bool:
-        return step == args.total_steps or (every > 0 and step % every == 0)
+    def last_or_every(n: int) -> bool:
+        return step == args.total_steps or (n > 0 and step % n == 0)
 
     def save() -> None:
-        run.check_finite(LOSSES, first_bad)
+        finite.check()
         writer.flush()  # the curves up to a checkpoint are not lost with what comes after it
         run.save_checkpoint(folder, args, SCRIPT, step, models, rank)
 
     def sample(n: int, i: int) -> Tensor:
         """Return chunk i of samples, (n, *shape), from a copy: sampling leaves no trace in training."""
-        torch.manual_seed(run.mix(args.seed, 1, i))
-        model = copy.deepcopy(models["ema"].module if args.ema_decay else generator)
+        torch.manual_seed(run.mix(args.seed, run.Stream.SAMPLES, i))
+        model = copy.deepcopy(models["ema"] if args.ema_decay else generator)
         with torch.no_grad():
             return run.for_sampling(model, args.sample_bn)(draw_noise(n, args, device)).float()
 
@@ -580,7 +579,8 @@ def train(args: Args) -> dict[str, float]:
     begin, begin_step = time.time(), step
     steps = range(step + 1, args.total_steps + 1)
     for step in tqdm(steps, initial=step, total=args.total_steps, disable=None if rank == 0 else True):
-        torch.manual_seed(run.mix(args.seed, 0, step, rank))  # whatever is random depends on the step alone
+        # Whatever is random in a step depends on its number alone.
+        torch.manual_seed(run.mix(args.seed, run.Stream.STEP, step, rank))
         # Critic: several updates, each with a batch of its own.
         for _ in range(critic_steps(step, args)):
             real = data.batch(drawn).requires_grad_()  # the scale differentiates by it
@@ -628,11 +628,11 @@ def train(args: Args) -> dict[str, float]:
         g_optimizer.step()
 
         if args.ema_decay:
-            models["ema"].update_parameters(generator)
-        first_bad.masked_fill_(~torch.stack([c_loss, g_loss]).isfinite() & (first_bad == 0), step)
+            run.update_average(models["ema"], generator, args.ema_decay, step)
+        finite.note(step, critic=c_loss, generator=g_loss)
 
-        if due(args.log_every):
-            run.check_finite(LOSSES, first_bad)
+        if last_or_every(args.log_every):
+            finite.check()
             scalars = {"losses/critic": c_loss, "losses/generator": g_loss}
             scalars |= {"losses/distance": distance, "losses/scale": scale}
             scalars |= {"charts/learning_rate": g_optimizer.param_groups[0]["lr"]}
@@ -641,16 +641,16 @@ def train(args: Args) -> dict[str, float]:
             scalars |= {"charts/steps_per_second": (step - begin_step) / (time.time() - begin)}
             for tag, value in scalars.items():
                 writer.add_scalar(tag, value, step)
-        if due(args.sample_every):
+        if last_or_every(args.sample_every):
             picture()
-        if args.eval_every and due(args.eval_every):
+        if args.eval_every and last_or_every(args.eval_every):
             evaluate()
             if args.lr_schedule == "kid" and step % args.eval_every == 0:  # Deviation 9
                 factor = schedule.step(evaluation.from_first(lambda: kernel_sums(*evaluator.features)))
                 for group in g_optimizer.param_groups + c_optimizer.param_groups:
                     group["lr"] = max(1e-6, factor * group["lr"])
         stopping = run.stop_asked(step) and step < args.total_steps
-        if due(args.save_every) or stopping:
+        if last_or_every(args.save_every) or stopping:
             save()
         if stopping:
             run.leave(writer, folder, step)

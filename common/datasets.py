@@ -30,7 +30,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import center_crop, resize
 from tqdm import tqdm
 
-from common.run import SIGNALS, BadInput, mix, require, several
+from common.run import SIGNALS, BadInput, Stream, mix, require, several
 
 TOYS = {"8gaussians": 2, "25gaussians": 2, "swissroll": 2, "ring2d": 2, "ring3d": 3}  # name: dimension
 SWISSROLL_STD = 0.25 / 7.5
@@ -75,7 +75,7 @@ class Batches:
         expected = f"a multiple of the {n} processes, at least 2 for each"
         require(size % n == 0 and size >= 2 * n, "--batch-size", size, expected)
 
-    def part(self, whole: Tensor) -> Tensor:
+    def own_part(self, whole: Tensor) -> Tensor:
         """Return this process's rows of the global batch."""
         n = self.batch_size // self.world_size
         return whole[self.rank * n : (self.rank + 1) * n]
@@ -87,8 +87,8 @@ class Toy(Batches):
 
     def batch(self, i: int) -> Tensor:
         """Return batch i, (batch_size / world_size, d) float32."""
-        points = draw_toy(self.name, self.batch_size, mix(self.seed, 3, i))
-        return self.part(points).to(self.device, non_blocking=True)
+        points = draw_toy(self.name, self.batch_size, mix(self.seed, Stream.TOY_BATCH, i))
+        return self.own_part(points).to(self.device, non_blocking=True)
 
 
 @dataclass
@@ -117,7 +117,7 @@ class Images(Batches):
         Every epoch is a new order of all images; a rest smaller than a batch is left for another epoch.
         """
         if self.reader is None:
-            chosen = self.images[self.rows(i)]
+            chosen = self.images[self.own_indices(i)]
         else:
             ahead = self.ahead if i == self.next else self.reader.submit(self.gather, i)
             self.next, self.ahead = i + 1, self.reader.submit(self.gather, i + 1)
@@ -125,23 +125,23 @@ class Images(Batches):
         low, high = self.value_range
         return chosen.float().mul_((high - low) / 255).add_(low)
 
-    def rows(self, i: int) -> Tensor:
+    def own_indices(self, i: int) -> Tensor:
         """Return which images are this process's part of batch i."""
         epoch, position = divmod(i, len(self.images) // self.batch_size)
         if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(mix(self.seed, 4, epoch))
+            generator = torch.Generator().manual_seed(mix(self.seed, Stream.EPOCH, epoch))
             order = torch.randperm(len(self.images), generator=generator)
             self.epoch, self.order = epoch, order.to(self.images.device)
         start = position * self.batch_size
-        return self.part(self.order[start : start + self.batch_size])
+        return self.own_part(self.order[start : start + self.batch_size])
 
     def gather(self, i: int) -> Tensor:
         """Return batch i as uint8. NumPy reads it on one thread, and lets the others run meanwhile."""
-        chosen = torch.from_numpy(np.take(self.images.numpy(), self.rows(i).numpy(), 0))
+        chosen = torch.from_numpy(np.take(self.images.numpy(), self.own_indices(i).numpy(), 0))
         return chosen.pin_memory() if self.device.type == "cuda" else chosen
 
 
-def kind(name: str) -> str:
+def family(name: str) -> str:
     """Return toys, folder, mnist for both MNISTs, or the name: what a script's table DEFAULTS is keyed by.
 
     BadInput: there is no such data set, or no such folder.
@@ -164,6 +164,9 @@ def load(args, split: str, value_range: tuple[float, float], device, rank: int, 
     Of args data_dir, image_size and seed are read too. value_range: what the pixel values 0 and 255 become.
     BadInput: an unknown name, missing or damaged files, a set smaller than a batch.
     """
+    one_split = args.dataset in TOYS or family(args.dataset) in ("digits", "folder")
+    expected = f"train: {family(args.dataset)} has no other"
+    require(split == "train" or not one_split, "--train-split", split, expected)
     batches = args.batch_size, args.seed, rank, world_size, device
     if args.dataset in TOYS:
         return Toy(args.dataset, (TOYS[args.dataset],), *batches)
@@ -226,9 +229,9 @@ def load_images(name: str, data_dir: str, image_size: int | None, split: str) ->
     split: of stl10 train is the unlabelled images; of lsun-bedroom and imagenet test is their validation
     images; of celeba all has its validation images too. BadInput: as load.
     """
-    folder, data_dir = kind(name) == "folder", Path(data_dir)
+    folder, data_dir = family(name) == "folder", Path(data_dir)
     if folder or name == "digits":
-        require(split == "train", "--eval-split", split, f"train: {kind(name)} has no other")
+        require(split == "train", "--eval-split", split, f"train: {family(name)} has no other")
     require(image_size or not folder, "--image-size", image_size, "given with --dataset folder:PATH")
     parts = ("train", "test") if split == "all" else (split,)
     try:
@@ -313,7 +316,7 @@ def _convert(name: str, data_dir: Path, size: int, parts: tuple[str, ...]) -> Te
     for file in files:
         stat = os.stat(file)
         key.update(f"{str(file).removeprefix(str(root))} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    cache = f"{kind(name)}-{'+'.join(parts)}-{size}-{key.hexdigest()[:16]}.npy"
+    cache = f"{family(name)}-{'+'.join(parts)}-{size}-{key.hexdigest()[:16]}.npy"
     path, shape = data_dir / "cache" / cache, (count, 3, size, size)
     write_array(path, shape, items, lambda numbered: crop(name, size, *numbered))
     images = np.load(path, mmap_mode="r" if math.prod(shape) > IN_MEMORY else None)

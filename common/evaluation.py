@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from common import datasets, kernels, run
-from common.run import BadInput, mix, require
+from common.run import BadInput, Stream, mix, require
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # the sha256 of the file begins with 6726825d
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
@@ -397,7 +397,8 @@ def toy_metrics(name: str, fake: Tensor) -> dict[str, float]:
     high_quality: the share of samples within 3 standard deviations of the noise of a mode. modes: how many
     have at least 10 of those and a quarter of their fair share. The roll has ten: equal parts of its curve.
     """
-    real, scale = datasets.draw_toy(name, TOY_SAMPLES, mix(0, 5)), datasets.draw_toy(name, 1000, mix(0, 6))
+    real = datasets.draw_toy(name, TOY_SAMPLES, mix(0, Stream.TOY_REFERENCE))
+    scale = datasets.draw_toy(name, 1000, mix(0, Stream.TOY_SCALE))
     metrics = {"mmd": common_mmd2(real.double(), fake.double(), scale.double())}
     if name == "swissroll":
         centres, std = datasets.swissroll_curve(torch.linspace(0, 1, 2000)), datasets.SWISSROLL_STD

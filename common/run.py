@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import time
+from enum import IntEnum
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +27,32 @@ EVAL_ARGS = {"eval_every", "eval_samples", "eval_features", "eval_split", "incep
 MAY_CHANGE = EVAL_ARGS | {"total_steps", "log_every", "sample_every", "save_every", "device", "compile"}
 MAY_CHANGE |= {"eval_metrics", "ms_ssim", "eval_only", "runs_dir", "data_dir", "track", "resume"}
 # Bounds of arguments that several scripts have.
-LEAST = dict.fromkeys(("log_every", "sample_every", "eval_every", "save_every", "seed"), 0)
-LEAST |= dict.fromkeys(("beta1", "beta2", "momentum", "ema_decay"), 0)
-LEAST |= dict.fromkeys(("total_steps", "batch_size", "width", "eval_samples", "image_size", "n_critic"), 1)
-LEAST |= dict.fromkeys(("latent_dim", "feature_dim"), 1)
-LEAST |= dict.fromkeys(("learning_rate", "critic_learning_rate", "bandwidths"), 1e-15)
-MOST = dict.fromkeys(("width", "feature_dim", "latent_dim", "image_size"), 2**14) | {"seed": 2**63 - 1}
-MOST |= dict.fromkeys(("beta1", "beta2", "momentum", "ema_decay"), math.nextafter(1, 0))
+LOWER_BOUNDS = {
+    "log_every": 0, "sample_every": 0, "eval_every": 0, "save_every": 0, "seed": 0,
+    "beta1": 0, "beta2": 0, "momentum": 0, "ema_decay": 0,
+    "total_steps": 1, "batch_size": 1, "width": 1, "eval_samples": 1, "image_size": 1,
+    "n_critic": 1, "latent_dim": 1, "feature_dim": 1,
+    "learning_rate": 1e-15, "critic_learning_rate": 1e-15, "bandwidths": 1e-15,
+}  # fmt: skip
+BELOW_1 = math.nextafter(1, 0)
+UPPER_BOUNDS = {
+    "width": 2**14, "feature_dim": 2**14, "latent_dim": 2**14, "image_size": 2**14, "seed": 2**63 - 1,
+    "beta1": BELOW_1, "beta2": BELOW_1, "momentum": BELOW_1, "ema_decay": BELOW_1,
+}  # fmt: skip
 BATCH_NORM = nn.modules.batchnorm._BatchNorm  # all kinds
 SIGNALS: list[int] = []  # that asked this process to stop
+
+
+class Stream(IntEnum):
+    """What random numbers are for: the second argument of mix, so that no two uses draw the same."""
+
+    STEP = 0  # noise, dropout and interpolation of one update
+    SAMPLES = 1  # noise of what is evaluated and drawn
+    AUTOENCODER = 2  # dropout of one update of GMMN's auto-encoder
+    TOY_BATCH = 3  # the points of one batch
+    EPOCH = 4  # the order of the images in one epoch
+    TOY_REFERENCE = 5  # the points that a toy's samples are compared with
+    TOY_SCALE = 6  # the points whose distances set the bandwidths of that comparison
 
 
 class BadInput(Exception):
@@ -89,9 +107,14 @@ def parse(args_class: type, argv: list[str] | None = None):
         saved = json.loads(Path(args.resume, "args.json").read_text())
         saved = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
         default = args_class(**saved | {"resume": args.resume, "eval_only": False})
+        known = "train_split" in saved
     except (OSError, TypeError, AttributeError, ValueError) as error:
         raise BadInput(f"--resume {args.resume}: not a run folder of this script ({error})") from error
-    return cli(args_class, argv, default=default)
+    args = cli(args_class, argv, default=default)
+    # Runs of before that argument had splits that were the script's.
+    expected = "given with a run that is older than it: train or all, as its script had it then"
+    require(known or args.train_split, "--train-split", "left out", expected)
+    return args
 
 
 def cli(args_class: type, argv: list[str] | None = None, **default):
@@ -121,25 +144,30 @@ def group(text: str, names: list[str]) -> str:
     return text.replace(f"\n{first}", f"\n\n method\n{rule}\n{first}", 1)
 
 
-def resolve(args, *tables: dict, least: dict[str, float] | None = None):
+def resolve(args, *tables: dict, lower_bounds: dict[str, float] | None = None):
     """Return args with each None replaced from the tables, of which the last that has it counts, and checked.
 
-    least: lower bounds of the script's own arguments, beside those that are the same in every script.
+    lower_bounds: those of the script's own arguments, beside those that are the same in every script.
     """
     defaults = {key: value for table in tables for key, value in table.items()}
     args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
-    bounds = LEAST | (least or {})
+    bounds = LOWER_BOUNDS | (lower_bounds or {})
     for name, value in vars(args).items():
         flag, numbers = f"--{name.replace('_', '-')}", value if isinstance(value, tuple) else (value,)
         require(len(numbers) > 0, flag, value, "one number or more")
         for number in numbers:
             if isinstance(number, (int, float)):
-                low, high = bounds.get(name, -1e15), MOST.get(name, 1e15)  # their squares are floats
+                low, high = bounds.get(name, -1e15), UPPER_BOUNDS.get(name, 1e15)  # their squares are floats
                 require(number >= low, flag, value, f"at least {low}")
                 require(number <= high, flag, value, f"at most {high}")
     ok = not args.track or importlib.util.find_spec("wandb")
     require(ok, "--track", "on", "off where wandb is missing (pip install wandb)")
     require(not args.eval_only or args.resume, "--eval-only", "given alone", "given with --resume RUN")
+    if "train_split" in defaults and (args.eval_every or args.eval_only):
+        splits = args.train_split, args.eval_split
+        published = splits == (defaults["train_split"], defaults["eval_split"])
+        if not published and splits != ("train", "test") and int(os.environ.get("RANK", 0)) == 0:
+            print(f"warning: images of --eval-split {splits[1]} are trained on (--train-split {splits[0]})")
     return args
 
 
@@ -249,12 +277,36 @@ def leave(writer, folder: Path, step: int) -> None:
     sys.exit(128 + SIGNALS[0])
 
 
-def check_finite(names: tuple[str, ...], first_bad: torch.Tensor) -> None:
-    """Raise Failed if a loss was not finite; first_bad (n,) has the first such step of each, or 0."""
-    for name, step in zip(names, first_bad.tolist()):
-        if step:
-            remedy = "a new run with a smaller --learning-rate may help (--resume keeps the rate)"
-            raise Failed(f"the {name} loss was not finite at step {step}; {remedy}")
+class Finite:
+    """Remembers, on the device, the first step at which each loss was not finite: no step waits for it."""
+
+    def __init__(self) -> None:
+        self.first = {}  # name of a loss: that step, a tensor, or 0
+
+    def note(self, step: int, **losses: torch.Tensor) -> None:
+        """Look at the losses of a step, scalars given by name."""
+        for name, loss in losses.items():
+            first = self.first.setdefault(name, torch.zeros_like(loss, dtype=torch.int64))
+            first.masked_fill_(~loss.isfinite() & (first == 0), step)
+
+    def check(self) -> None:
+        """Raise Failed if a loss was not finite at a step so far."""
+        for name, step in self.first.items():
+            if step > 0:
+                remedy = "a new run with a smaller --learning-rate may help (--resume keeps the rate)"
+                raise Failed(f"the {name} loss was not finite at step {step}; {remedy}")
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Move the average of a model's parameters after update step = 1, 2, ..., and copy its buffers.
+
+    It begins with a smaller decay, so that it soon forgets the network that the first step found.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    for buffer, current in zip(average.buffers(), model.buffers()):
+        buffer.copy_(current)
 
 
 # --- run folder and checkpoint -------------------------------------------------------------------
@@ -333,7 +385,8 @@ def save_results(folder: Path, writer, args, step: int, metrics: dict, protocol:
     """Print the metrics, and write them with their protocol to folder/results.json and to TensorBoard."""
     if rank > 0:
         return
-    protocol = protocol | {"batch_norm": args.sample_bn, "ema_decay": args.ema_decay}
+    protocol = protocol | {"train_split": args.train_split}
+    protocol |= {"batch_norm": args.sample_bn, "ema_decay": args.ema_decay}
     for name, value in metrics.items():
         writer.add_scalar(f"eval/{name}", value, step)
     writer.add_text("eval/protocol", table(protocol), step)
@@ -372,6 +425,7 @@ def load_checkpoint(args, script: str, models: dict, evaluations_count: bool = F
     except Exception as error:
         raise BadInput(f"--resume: {path} is missing, damaged or no checkpoint ({error!r:.90})") from error
     require(saved_script == script, "--resume", args.resume, f"a run of {script}.py, not {saved_script}.py")
+    saved = {"train_split": args.train_split} | saved  # which parse has asked for where a run has none
     may_change = MAY_CHANGE - EVAL_ARGS if evaluations_count and not args.eval_only else MAY_CHANGE
     changed = [
         f"--{key.replace('_', '-')} {value} (was {saved.get(key)})"

@@ -215,7 +215,7 @@ def test_to_uint8_rounds_and_clamps():
 def test_kind(name, key, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a:b").mkdir()
-    assert datasets.kind(name) == key
+    assert datasets.family(name) == key
 
 
 # --- digits and MNIST ----------------------------------------------------------------------------

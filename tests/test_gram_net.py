@@ -140,7 +140,7 @@ def test_far_features_make_an_identity_and_a_useless_ratio():
 
 def test_singular_matrix_without_ridge_gives_no_exception():
     ratio = script.density_ratio(torch.ones(3, 3), torch.ones(3, 3), 0.0)
-    assert not ratio.isfinite().all()  # so that run.check_finite says which loss, and when
+    assert not ratio.isfinite().all()  # so that run.Finite says which loss, and when
 
 
 # --- losses ----------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def watched(case, tmp_path, monkeypatch):
         )[1]
 
     def unwatched(step):
-        def stepping(self, *args):  # optimisers and averages count their steps in tensors on the CPU
+        def stepping(self, *args):  # optimisers count their steps in tensors on the CPU
             before, watch.on = watch.on, False
             step(self, *args)
             watch.on = before
@@ -61,8 +61,6 @@ def watched(case, tmp_path, monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, noting(name, getattr(torch.Tensor, name)))
     for optimizer in (torch.optim.Adam, torch.optim.RMSprop, torch.optim.SGD):
         monkeypatch.setattr(optimizer, "step", unwatched(optimizer.step))
-    average = torch.optim.swa_utils.AveragedModel
-    monkeypatch.setattr(average, "update_parameters", unwatched(average.update_parameters))
     with watch:
         module.train(run.parse(module.Args, [*SMALL, *options, "--runs-dir", str(tmp_path)]))
     return watch
