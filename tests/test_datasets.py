@@ -432,7 +432,7 @@ def test_an_unreadable_image_is_named(tmp_path, damage):
 def test_a_folder_needs_an_image_size_and_has_no_test_split(tmp_path):
     save(tmp_path / "a.png", np.zeros((4, 4)))
     assert "--image-size" in refusal(f"folder:{tmp_path}")
-    assert "--eval-split" in refusal(f"folder:{tmp_path}", image_size=4, split="test")
+    assert "--train-split" in refusal(f"folder:{tmp_path}", image_size=4, split="test")
 
 
 # --- STL-10, CelebA, LSUN, ImageNet --------------------------------------------------------------
