@@ -9,33 +9,56 @@ real, y, y' are fake. Both players minimise:
 --lam -1 is the attractive loss of MMD-GAN, Eq. (3); --lam 1 the repulsive loss, Eq. (4), which
 pushes real pairs apart. rbf-b bounds the distances of the critic's kernel only, Eqs. (6), (7). Each layer
 of D is divided by its spectral norm, found by power iteration on the convolution itself (PICO,
-Appendix C). Real and fake pass D together, and both gradients come from one forward pass.
+Appendix C), and multiplied by a gain C; C^K is that of all K layers. Both gradients come from one forward
+pass of each network.
 
-Published (Table 1, CIFAR-10, best of 16 pairs of learning rates): MMD-rep FID 16.65, IS 7.99; MMD-rep-b
-16.21, 8.29; MMD-rbf 28.38, 7.05. With the gain that is the default here (Table S3): 17.00 and 16.65.
+Published, CIFAR-10, best of 16 pairs of learning rates. With C = 1.818 for all losses (Table 1): MMD-rep FID
+16.65, IS 7.99; MMD-rep-b 16.21, 8.29; MMD-rbf 28.38, 7.05. With the gains that are the defaults here
+(Table S3): MMD-rep 17.00; MMD-rep-b 16.65 (no misprint for MMD-rep's 16.65 of Table 1) at critic 1e-3,
+generator 5e-4, where the authors' sheet has 18.29 at the defaults; MMD-rbf 26.50; hinge 22.89. The best rates
+in that sheet, of single runs, whose cells differ from Table S3 by 0.01 at places: FID, critic's and
+generator's rate.
+
+    loss            C^K  CIFAR-10          STL-10            CelebA            LSUN bedrooms
+    MMD-rep          64  17.00 5e-4 2e-4   37.16 2e-4 2e-4    6.81 1e-4 2e-4   16.01 2e-4 1e-4
+    MMD-rep-b        64  16.66 1e-3 5e-4   37.31 2e-4 2e-4    6.42 5e-4 5e-4   11.22 5e-4 2e-4
+    at the defaults  64  18.29 5e-4 2e-4   the same           7.56 1e-4 2e-4   15.64 2e-4 1e-4
+    MMD-rbf         128  26.51 1e-4 2e-4
+    MMD-rbf          64  29.43 1e-4 1e-4
+    hinge            64  23.50 1e-3 2e-4                     10.34 2e-4 1e-4   25.54 1e-4 5e-4
+    MMD-rep, d = 4   64  17.87 1e-3 2e-4
 
 Deviations from the paper [P] and from the authors' code [C]:
-  1. Gain per layer 64^(1/K) for K layers: [C] and Table S3. [P]'s main text: --sn-gain 1.818.
-  2. The norm is taken after the step of power iteration and not before it, and its vector starts
-     normalised, after 20 steps; in [C] it starts unnormalised, which divides the first weights by up to 159
-     (318 at 64x64).
-  3. rbf-b for every lambda: a pair that the critic pushes apart has its d2 bounded above, one that it
-     pulls together below. This is Eq. (6) at -1 and Eq. (7) at 1; between 0 and 1 [P] has no rule, and
-     [C] leaves the cross term unbounded.
-  4. sigma = 1 where --bandwidths is not given, for --lam -1 too (Figure 3); Table 1's MMD-rbf has five.
-  5. Linear first layer of the generator for every image size: [P]; [C] has batch norm there at 48x48.
+  1. C = 64^(1/K) for mmd with lambda > 0 and 128^(1/K) for every other loss: Table S3, which has four losses
+     (that its two values serve the others too is our reading). [P]'s main text has 1.818 for all (1.818^8 =
+     119): --sn-gain 1.818. [C]'s scripts have 64^(1/K) for all.
+  2. The norm is taken after the step of power iteration, in [C] before it, with the vector that the update
+     before left. Our vector starts normalised, after 20 steps; in [C] it starts unnormalised, which divides
+     the weights of the first update by up to 159 (318 at 64x64). It has the shape of a layer's input, in [C]
+     that of the smaller of input and output, which has the same norm.
+  3. rbf-b is Eq. (6) for lambda < 0, as footnote 5 of [P] says, and Eq. (7), which bounds no pair of real and
+     fake, from 0 on. [P] prints Eq. (7) for lambda = 1; that it serves 0 to 2 is our reading, and what [C]
+     does. For lambda < 0 [C] bounds no such pair either, but has Eq. (6) as a loss of its own for -1.
+  4. sigma = 1 where --bandwidths is not given, for --lam -1 too (Figure 3); MMD-rbf has five in Tables 1, S3.
+  5. Linear first layer of the generator for every image size: [P]; [C] has batch norm, ReLU there at 48x48.
   6. Networks by levels for images of other sizes than 32, 48 and 64, and MLPs for toys: ours.
-  7. --lambda-gp: [C] has the penalty but never calls it; the square of the norm is [C]'s, where Eq. (S8)
-     prints the norm. As in Appendix D.1 with --spectral-norm none --feature-dim 1. 1 is taken off
-     for rbf-b too, where [C] leaves it out.
-  8. --spectral-norm pim has the same gain as pico; [P] gives none for it.
-  9. Simultaneous updates of both players from one forward pass: [C]; [P] says n_dis = 1.
+  7. --lambda-gp: [C] has the penalty, but its training step never calls it. Appendix D.1 goes with
+     --critic-norm none --feature-dim 1. 1 is taken off for rbf-b too, where [C] leaves it out.
+  8. --critic-norm pim has the gains of pico; [P] names gains for pico only.
+  9. Both players step at once, from one forward pass: [C]; [P] says one update of D for each of G. Real
+     and fake pass D one after the other with the same weights, in [C] joined in one batch, and D has no layer
+     to which that would matter.
+ 10. eval/is_all is the inception score of [C], over all images at once; eval/is is the mean of 10 splits. [C]
+     scores 49,984 images, ours are 50,000, as in [P]. For MS-SSIM [C] scales pixels by 128.5 where 127.5
+     would fill the range of 255 that it tells the measure; ours fill it.
+ 11. Adam's epsilon of 1e-8 is added after the correction of the moments' bias (PyTorch), in [C] before it
+     (TensorFlow): it matters where gradients are as small.
 
 Usage:
     python mmd_gan_repulsive.py
     python mmd_gan_repulsive.py --dataset cifar10 --kernel rbf-b
     python mmd_gan_repulsive.py --lam -1 --kernel rbf --bandwidths 1 1.4142 2 2.8284 4
-    python mmd_gan_repulsive.py --lambda-gp 0.1 --spectral-norm none --feature-dim 1
+    python mmd_gan_repulsive.py --lambda-gp 0.1 --critic-norm none --feature-dim 1
 """
 
 # --- imports ---------------------------------------------------------------------------------------
@@ -99,25 +122,25 @@ class Args:
     kernel: Literal["rbf", "rbf-b", "rq"] = "rbf"  # rbf-b bounds the critic's kernel, Eqs. (6), (7)
     bandwidths: tuple[float, ...] | None = None  # sigma of rbf (None: 1), alpha of rq (.2 .5 1 2 5); summed
     feature_dim: int | None = None  # dimension d of the critic's output
-    spectral_norm: Literal["pico", "pim", "none"] = "pico"  # of the convolution, or of its reshaped kernel
-    sn_gain: float | None = None  # C, factor on each normalised weight (None: 64^(1/K) for K layers)
+    critic_norm: Literal["none", "pim", "pico"] = "pico"  # spectral norm of matrix, or convolution
+    sn_gain: float | None = None  # C (None: 64^(1/K) for K layers if loss is mmd and lam > 0, else 128^(1/K))
     latent_dim: int | None = None  # dimension of the generator's input z ~ N(0, I)
     learning_rate: float | None = None  # of the generator
     critic_learning_rate: float | None = None  # of the critic
-    beta1: float = 0.5  # Adam's first moment, both players
+    beta1: float = 0.5  # Adam's first moment, both players: Deviation 11
     beta2: float = 0.999  # Adam's second moment, both players
 
 
-# [P] section 5.1; learning rates: [C]'s scripts, the best of their 16 pairs for MMD-rep.
+# [P] section 5.1; learning rates: [C]'s scripts, the best of their 16 pairs for MMD-rep with C^K = 64.
 DEFAULTS = {
     "images": dict(
         image_size=64, total_steps=100_000, batch_size=64, width=64, feature_dim=16, latent_dim=128,
         learning_rate=2e-4, critic_learning_rate=1e-4, eval_every=12_500, eval_features="inception",
-        train_split="train", eval_split="train", sample_bn="running",
+        train_split="train", eval_split="train", sample_bn="running",  # Deviation 10
     ),
     "cifar10": dict(image_size=32, critic_learning_rate=5e-4),
     "stl10": dict(image_size=48, critic_learning_rate=2e-4),
-    "celeba": dict(train_split="all"),  # "about 203K images"
+    "celeba": dict(train_split="all", eval_split="all"),  # [P]: about 203K images
     "lsun-bedroom": dict(learning_rate=1e-4, critic_learning_rate=2e-4),
     "mnist": dict(image_size=28, critic_learning_rate=5e-4, eval_features="pixels"),  # ours
     "digits": dict(image_size=8, total_steps=2000, width=32, eval_every=500, eval_features="pixels"),  # ours
@@ -132,12 +155,18 @@ def resolve(args: Args) -> Args:
     """Return args with its data set's values where None stands; BadInput if they make no run."""
     defaults = DEFAULTS["images"], DEFAULTS.get(datasets.family(args.dataset), {})
     bandwidths = (0.2, 0.5, 1.0, 2.0, 5.0) if args.kernel == "rq" else (1.0,)  # Deviation 4
-    dim = {} if args.loss == "mmd" else {"feature_dim": 1}
-    ok = args.loss == "mmd" or (args.feature_dim in (None, 1) and args.lambda_gp == 0)
-    run.require(ok, "--loss", args.loss, "mmd where --feature-dim or --lambda-gp is given")
-    args = run.resolve(args, *defaults, dim, {"bandwidths": bandwidths}, lower_bounds=LOWER_BOUNDS)
+    method = {"bandwidths": bandwidths}
+    if args.loss != "mmd":
+        method["feature_dim"] = 1
+        ok = args.feature_dim in (None, 1) and args.lambda_gp == 0
+        run.require(ok, "--loss", args.loss, "mmd where --feature-dim or --lambda-gp is given")
+    args = run.resolve(args, *defaults, method, lower_bounds=LOWER_BOUNDS)
     depth = 4 if args.dataset in datasets.TOYS else 2 * levels(args.image_size) + 2  # K
-    return run.resolve(args, {"sn_gain": 64 ** (1 / depth)})  # Deviation 1
+    if args.critic_norm == "none":
+        run.require(args.sn_gain is None, "--sn-gain", args.sn_gain, "given with --critic-norm pim or pico")
+        return args
+    overall = 64 if args.loss == "mmd" and args.lam > 0 else 128  # C^K: Deviation 1
+    return run.resolve(args, {"sn_gain": overall ** (1 / depth)})
 
 
 # --- networks --------------------------------------------------------------------------------------
@@ -150,6 +179,21 @@ def levels(side: int) -> int:
     return n
 
 
+def initialise(layer: nn.Module, slope: float | None = None) -> None:
+    """Draw a layer's weights as [C] does: for a (leaky) ReLU of that slope to follow, else Glorot uniform.
+
+    TensorFlow cuts a normal law at two standard deviations, so 0.88 of the nominal one is left.
+    """
+    if slope is None:
+        nn.init.xavier_uniform_(layer.weight)
+    else:
+        fan_in = layer.weight[0].numel()  # of a transposed convolution c_out k k, as in [C]
+        std = (2 / (1 + slope**2) / fan_in) ** 0.5
+        nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    if layer.bias is not None:
+        nn.init.trunc_normal_(layer.bias, std=1e-5, a=-2e-5, b=2e-5)
+
+
 class Generator(nn.Module):
     """z (B, latent_dim) -> samples (B, *shape) in [-1, 1]; Tables S1 and S2 (a)."""
 
@@ -157,22 +201,24 @@ class Generator(nn.Module):
         super().__init__()
         if len(shape) == 1:
             sizes = [latent_dim, width, width, width]
-            hidden = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.ReLU())]
-            self.layers = nn.Sequential(*hidden, nn.Linear(width, *shape))
+            layers = []
+            for i, o in zip(sizes, sizes[1:]):
+                layers += [nn.Linear(i, o), nn.ReLU()]
+            self.layers = nn.Sequential(*layers, nn.Linear(width, *shape))
             return
         n = levels(shape[1])
-        start = (width * 2**n, shape[1] >> n, shape[2] >> n)  # what the linear layer makes: Deviation 5
-        layers = [nn.Linear(latent_dim, start[0] * start[1] * start[2]), nn.Unflatten(1, start)]
-        for c in (width * 2**i for i in reversed(range(n))):
-            deconv = nn.ConvTranspose2d(2 * c, c, 4, 2, 1, bias=False)
+        c, h, w = width * 2**n, shape[1] >> n, shape[2] >> n
+        first = nn.Linear(latent_dim, c * h * w)  # Deviation 5
+        initialise(first)
+        layers = [first, nn.Unflatten(1, (c, h, w))]
+        for _ in range(n):
+            deconv = nn.ConvTranspose2d(c, c // 2, 4, 2, 1, bias=False)
+            initialise(deconv, slope=0.0)
+            c = c // 2
             layers += [deconv, nn.BatchNorm2d(c, eps=1e-3, momentum=0.01), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(width, shape[0], 3, 1, 1), nn.Tanh())
-        for m in self.layers:
-            if isinstance(m, nn.ConvTranspose2d):
-                nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
-            elif isinstance(m, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(m.weight)
-                nn.init.zeros_(m.bias)
+        last = nn.Conv2d(c, shape[0], 3, 1, 1)
+        initialise(last)
+        self.layers = nn.Sequential(*layers, last, nn.Tanh())
 
     def forward(self, z: Tensor) -> Tensor:
         return self.layers(z)
@@ -187,22 +233,26 @@ class SpectralNorm(nn.Module):
 
     def __init__(self, layer: nn.Module, in_shape: tuple[int, ...], gain: float, norm: str) -> None:
         super().__init__()
-        self.gain, self.is_conv = gain, norm == "pico" and isinstance(layer, nn.Conv2d)
+        self.gain = gain
+        self.is_conv = norm == "pico" and isinstance(layer, nn.Conv2d)
         if self.is_conv:
             self.stride, self.padding = layer.stride, layer.padding
+            # Rows and columns of the input that its last stride leaves out: the adjoint makes them too.
             sizes = zip(in_shape[1:], layer.padding, layer.kernel_size, layer.stride)
-            self.rest = [(s + 2 * p - k) % t for s, p, k, t in sizes]  # rows that the last stride leaves out
+            self.output_padding = [(side + 2 * p - k) % s for side, p, k, s in sizes]
         size = in_shape if self.is_conv else layer.weight[0].flatten().shape
         v = torch.randn(1, *size, dtype=layer.weight.dtype)
         self.register_buffer("v", v / v.norm())
         self.iterate(layer.weight.detach(), 20)
 
     def operator(self, w: Tensor, v: Tensor) -> Tensor:
-        return F.conv2d(v, w, None, self.stride, self.padding) if self.is_conv else v @ w.flatten(1).T
+        if self.is_conv:
+            return F.conv2d(v, w, None, self.stride, self.padding)
+        return v @ w.flatten(1).T
 
     def adjoint(self, w: Tensor, u: Tensor) -> Tensor:
         if self.is_conv:
-            return F.conv_transpose2d(u, w, None, self.stride, self.padding, self.rest)
+            return F.conv_transpose2d(u, w, None, self.stride, self.padding, self.output_padding)
         return u @ w.flatten(1)
 
     @torch.no_grad()
@@ -216,34 +266,46 @@ class SpectralNorm(nn.Module):
         with torch.autocast(weight.device.type, enabled=False):
             if self.training:
                 self.iterate(weight, 1)
-            sigma = self.operator(weight, self.v.clone()).norm()  # v is constant; Deviation 2
+            v = self.v.clone()  # a constant: the next step of power iteration is not to change it
+            sigma = self.operator(weight, v).norm()  # Deviation 2
             return weight * (self.gain / (sigma + 1e-10))  # Deviation 8
+
+
+def normalise(layer: nn.Module, in_shape: tuple[int, ...], gain: float, norm: str) -> None:
+    """Divide the weight of a layer, which sees (B, *in_shape), by its spectral norm; none: do nothing."""
+    if norm != "none":
+        parametrisation = SpectralNorm(layer, in_shape, gain, norm)
+        nn.utils.parametrize.register_parametrization(layer, "weight", parametrisation)
 
 
 class Critic(nn.Module):
     """Samples (B, *shape) -> features (B, feature_dim); Tables S1 and S2 (b); K = 2 levels + 2 layers."""
 
-    def __init__(self, shape: tuple[int, ...], feature_dim: int, width: int, gain: float, norm: str) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], feature_dim: int, width: int, gain: float | None, norm: str
+    ) -> None:
         super().__init__()
         if len(shape) == 1:
-            layers = [nn.Linear(*shape, width), nn.Linear(width, width), nn.Linear(width, width)]
+            hidden = [nn.Linear(*shape, width), nn.Linear(width, width), nn.Linear(width, width)]
         else:
-            layers = [nn.Conv2d(shape[0], width, 3, 1, 1)]
-            for c in (width * 2**i for i in range(levels(shape[1]))):
-                layers += [nn.Conv2d(c, 2 * c, 4, 2, 1), nn.Conv2d(2 * c, 2 * c, 3, 1, 1)]
+            c = width
+            hidden = [nn.Conv2d(shape[0], c, 3, 1, 1)]
+            for _ in range(levels(shape[1])):
+                hidden += [nn.Conv2d(c, 2 * c, 4, 2, 1), nn.Conv2d(2 * c, 2 * c, 3, 1, 1)]
+                c = 2 * c
+        layers = []
         x = torch.zeros(1, *shape)  # passed through, to know the shape that each layer sees
-        last = nn.Linear(nn.Sequential(*layers)(x).numel(), feature_dim)
-        for layer in layers:
-            nn.init.kaiming_normal_(layer.weight, a=0.1)
-        nn.init.xavier_uniform_(last.weight)
-        for layer in (*layers, last):
-            nn.init.zeros_(layer.bias)
-            x = x.flatten(1) if layer is last else x
-            normalise, x = SpectralNorm(layer, x.shape[1:], gain, norm), layer(x).detach()
-            if norm != "none":
-                nn.utils.parametrize.register_parametrization(layer, "weight", normalise)
-        hidden = [module for layer in layers for module in (layer, nn.LeakyReLU(0.1))]
-        self.layers = nn.Sequential(*hidden, nn.Flatten(), last)
+        for layer in hidden:
+            initialise(layer, slope=0.1)
+            out = layer(x).detach()
+            normalise(layer, x.shape[1:], gain, norm)
+            layers += [layer, nn.LeakyReLU(0.1)]
+            x = out
+        x = x.flatten(1)
+        last = nn.Linear(x.shape[1], feature_dim)
+        initialise(last)
+        normalise(last, x.shape[1:], gain, norm)
+        self.layers = nn.Sequential(*layers, nn.Flatten(), last)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
@@ -253,23 +315,27 @@ class Critic(nn.Module):
 
 
 def bounded(d2_xx: Tensor, d2_xy: Tensor, d2_yy: Tensor, lam: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return d2 (n, n) as rbf-b has it: pairs pushed apart bounded above, pairs pulled together below."""
-    b_l, b_u = 0.25, 4.0  # Eqs. (6) and (7)
-    d2_xx = d2_xx.clamp_max(b_u) if lam > 0 else d2_xx.clamp_min(b_l)
-    d2_xy = d2_xy.clamp_max(b_u) if lam < 1 else d2_xy.clamp_min(b_l)  # Deviation 3
-    return d2_xx, d2_xy, d2_yy.clamp_min(b_l)
+    """Return d2 (n, n) as the critic's rbf-b has it: nothing is gained beyond a bound. Deviation 3"""
+    b_l, b_u = 0.25, 4.0
+    if lam < 0:  # Eq. (6): real pairs and fake pairs are pulled together, mixed ones pushed apart
+        return d2_xx.clamp_min(b_l), d2_xy.clamp_max(b_u), d2_yy.clamp_min(b_l)
+    return d2_xx.clamp_max(b_u), d2_xy, d2_yy.clamp_min(b_l)  # Eq. (7): real pairs are pushed apart
 
 
 def critic_loss(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor, lam: float) -> Tensor:
     """Return L_D of Eq. (5), minimised, for Gram matrices (n, n); no mean has the diagonal (Eq. S4)."""
-    mean_xx, mean_xy, mean_yy = map(kernels.off_diagonal_mean, (k_xx, k_xy, k_yy))
+    mean_xx = kernels.off_diagonal_mean(k_xx)
+    mean_xy = kernels.off_diagonal_mean(k_xy)
+    mean_yy = kernels.off_diagonal_mean(k_yy)
     return lam * mean_xx - (lam - 1) * mean_xy - mean_yy
 
 
 def penalised(c_loss: Tensor, real_feat: Tensor, real: Tensor, lambda_gp: float) -> Tensor:
     """Return (L_D - 1) / (1 + lambda E ||grad D(x)||_F^2), Eq. (S8); real_feat (B, d) = D(real)."""
-    grads = (torch.autograd.grad(feat.sum(), real, create_graph=True)[0] for feat in real_feat.T)
-    norm2 = sum(grad.flatten(1).square().sum(1) for grad in grads)  # (B,), exact over all d outputs
+    norm2 = 0  # (B,), exact: a gradient for each of the d outputs
+    for feat in real_feat.T:
+        (grad,) = torch.autograd.grad(feat.sum(), real, create_graph=True)
+        norm2 = norm2 + grad.flatten(1).square().sum(1)
     return (c_loss - 1) / (1 + lambda_gp * kernels.gather(norm2).mean())  # Deviation 7
 
 
@@ -286,11 +352,13 @@ def losses(real_feat: Tensor, fake_feat: Tensor, args: Args) -> tuple[Tensor, Te
         return F.softplus(-real_feat).mean() + F.softplus(fake_feat).mean(), F.softplus(-fake_feat).mean(), {}
     kernel = kernels.RADIAL[args.kernel.removesuffix("-b")]
     d2 = kernels.squared_distance_blocks(real_feat, fake_feat)
-    gram = [kernel(block, args.bandwidths) for block in d2]  # k_xx, k_xy, k_yy
-    bounds = bounded(*d2, args.lam) if args.kernel == "rbf-b" else ()  # the generator keeps a true MMD
-    critic_gram = [kernel(block, args.bandwidths) for block in bounds] or gram
-    logged = {f"kernel/k_{pair}": kernels.off_diagonal_mean(k) for pair, k in zip(("xx", "xy", "yy"), gram)}
-    return critic_loss(*critic_gram, args.lam), generator_loss(*gram), logged
+    k_xx, k_xy, k_yy = [kernel(block, args.bandwidths) for block in d2]
+    g_loss = generator_loss(k_xx, k_xy, k_yy)
+    logged = {"kernel/k_xx": kernels.off_diagonal_mean(k_xx), "kernel/k_xy": kernels.off_diagonal_mean(k_xy)}
+    logged["kernel/k_yy"] = kernels.off_diagonal_mean(k_yy)
+    if args.kernel == "rbf-b":  # the critic's kernel alone: the generator keeps a true MMD
+        k_xx, k_xy, k_yy = [kernel(block, args.bandwidths) for block in bounded(*d2, args.lam)]
+    return critic_loss(k_xx, k_xy, k_yy, args.lam), g_loss, logged
 
 
 # --- sampling --------------------------------------------------------------------------------------
@@ -327,7 +395,7 @@ def train(args: Args) -> dict[str, float]:
     # Models; the seed makes every process start from the same weights.
     torch.manual_seed(args.seed)
     generator = Generator(data.shape, args.latent_dim, args.width).to(device)
-    critic = Critic(data.shape, args.feature_dim, args.width, args.sn_gain, args.spectral_norm).to(device)
+    critic = Critic(data.shape, args.feature_dim, args.width, args.sn_gain, args.critic_norm).to(device)
     g_optimizer = torch.optim.Adam(generator.parameters(), args.learning_rate, (args.beta1, args.beta2))
     c_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, (args.beta1, args.beta2))
     models = dict(generator=generator, critic=critic, g_optimizer=g_optimizer, c_optimizer=c_optimizer)
@@ -387,13 +455,13 @@ def train(args: Args) -> dict[str, float]:
         real = data.batch(step - 1).requires_grad_(args.lambda_gp > 0)
         noise = draw_noise(len(real), args, device)
         # Both players from one graph: simultaneous updates.
-        with autocast:
+        with autocast, nn.utils.parametrize.cached():  # weights are normalised once for both forwards
             fake = generator(noise)
-            feat = critic(torch.cat([real, fake]))  # (2B, d); one forward, so one step of power iteration
-        real_feat, fake_feat = (kernels.gather(part.float()) for part in feat.chunk(2))
-        c_loss, g_loss, logged = losses(real_feat, fake_feat, args)
+            real_feat, fake_feat = critic(real), critic(fake)
+        real_feat, fake_feat = real_feat.float(), fake_feat.float()
+        c_loss, g_loss, logged = losses(kernels.gather(real_feat), kernels.gather(fake_feat), args)
         if args.lambda_gp > 0:
-            c_loss = penalised(c_loss, feat.float()[: len(real)], real, args.lambda_gp)
+            c_loss = penalised(c_loss, real_feat, real, args.lambda_gp)
         c_optimizer.zero_grad()
         g_optimizer.zero_grad()
         c_loss.backward(inputs=list(critic.parameters()), retain_graph=True)

@@ -61,7 +61,7 @@ CASES = [
     ("gamn", dict(data_mmd_weight=0.5)),
     ("gamn", dict(regularizer="l1")),
     ("mmd_gan_repulsive", dict(kernel="rbf-b")),
-    ("mmd_gan_repulsive", dict(lambda_gp=0.1, spectral_norm="none")),
+    ("mmd_gan_repulsive", dict(lambda_gp=0.1, critic_norm="none")),
     ("mmd_gan_repulsive", dict(loss="hinge")),
     ("gram_net", dict(dataset="ring3d")),
     ("gram_net", dict(dataset="ring3d", as_coded=True)),

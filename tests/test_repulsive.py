@@ -52,17 +52,20 @@ def test_rq_and_mixtures_are_sums():
     assert (c_loss.item(), g_loss.item()) == pytest.approx((xx - yy, xx - 2 * xy + yy), abs=1e-12)
 
 
-@pytest.mark.parametrize("lam", [-1.0, 1.0])
+@pytest.mark.parametrize("lam", [-1.0, -0.5, 0.0, 0.5, 1.0, 2.0])
 def test_bounded_kernel_is_equations_6_and_7(lam):
+    """Footnote 5: Eq. (6) for lambda < 0. From 0 on Eq. (7), which names no pairs of real and fake."""
     x, y = features(1, 8, 1)
 
     def kernel(d2, pair):
-        if lam == -1:
-            d2 = min(d2, 4) if pair == "xy" else max(d2, 0.25)  # Eq. (6)
+        if lam < 0:
+            d2 = min(d2, 4) if pair == "xy" else max(d2, 0.25)
         elif pair != "xy":
-            d2 = min(d2, 4) if pair == "xx" else max(d2, 0.25)  # Eq. (7)
+            d2 = min(d2, 4) if pair == "xx" else max(d2, 0.25)
         return math.exp(-d2 / 2)
 
+    mixed = [((a - b) ** 2).sum().item() for a in x for b in y]
+    assert min(mixed) < 0.25 < 4 < max(mixed)  # a bound on mixed pairs would be seen
     xx, xy, yy = literal(x, y, kernel)
     c_loss, g_loss, _ = run_losses(x, y, lam=lam, kernel="rbf-b")
     assert c_loss.item() == pytest.approx(lam * xx - (lam - 1) * xy - yy, abs=1e-12)
@@ -231,6 +234,55 @@ def test_parameter_counts_of_the_papers_networks(side, generator, critic, depth)
     assert len(script.Critic(shape, 16, 8, 1.0, "pim").layers) == 2 * depth
 
 
+@pytest.mark.parametrize(
+    ("options", "overall"),
+    [
+        (dict(), 64), (dict(kernel="rbf-b"), 64), (dict(lam=0.5), 64), (dict(lam=2.0), 64),
+        (dict(lam=0.0), 128), (dict(lam=-1.0), 128), (dict(loss="hinge"), 128),
+        (dict(loss="non-saturating"), 128),
+    ],
+)  # fmt: skip
+def test_gain_of_all_layers_is_that_of_table_s3(options, overall):
+    for dataset, depth in (("cifar10", 8), ("stl10", 8), ("celeba", 10), ("digits", 4), ("ring2d", 4)):
+        gain = script.resolve(script.Args(dataset=dataset, **options)).sn_gain
+        assert gain**depth == pytest.approx(overall)
+    assert script.resolve(script.Args(sn_gain=1.818, **options)).sn_gain == 1.818
+
+
+def test_weights_start_with_the_laws_of_the_authors_framework():
+    """Normal laws cut at two standard deviations, of which 0.8796 is left, and Glorot uniform ones."""
+    torch.manual_seed(0)
+    generator, critic = (
+        script.Generator((3, 32, 32), 128, 64),
+        script.Critic((3, 32, 32), 16, 64, 1.0, "none"),
+    )
+    cut = []  # weights and nominal standard deviations
+    for layer in generator.layers:
+        if isinstance(layer, nn.ConvTranspose2d):
+            cut.append((layer.weight, (2 / (16 * layer.out_channels)) ** 0.5))
+            assert layer.bias is None
+    for layer in critic.layers:
+        if isinstance(layer, nn.Conv2d):
+            cut.append((layer.weight, (2 / 1.01 / (layer.in_channels * layer.kernel_size[0] ** 2)) ** 0.5))
+    assert len(cut) == 3 + 7
+    for weight, std in cut:
+        assert weight.std().item() == pytest.approx(0.87963 * std, rel=0.03)
+        assert 1.9 * std < weight.abs().max() <= 2 * std
+    ends = [
+        (generator.layers[0], 128, 8192),
+        (generator.layers[-2], 9 * 64, 9 * 3),
+        (critic.layers[-1], 8192, 16),
+    ]
+    for layer, fan_in, fan_out in ends:
+        bound = (6 / (fan_in + fan_out)) ** 0.5
+        assert 0.99 * bound < layer.weight.abs().max() <= bound
+        assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    biases = torch.cat(
+        [p for m in (generator, critic) for n, p in m.named_parameters() if n.endswith("bias")]
+    )
+    assert 0 < biases.abs().max() <= 2e-5  # batch norm's are 0
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 48, 48), (2,), (3,)])
 def test_networks_fit_each_shape(shape):
     fake = script.Generator(shape, 5, 8)(torch.randn(4, 5))
@@ -283,7 +335,7 @@ def test_gradient_penalty_trains(tmp_path):
         "width": 4,
         "eval_every": 0,
         "feature_dim": 1,
-        "spectral_norm": "none",
+        "critic_norm": "none",
     }
     script.train(script.Args(**args, lambda_gp=0.1, runs_dir=str(tmp_path / "a")))
     script.train(script.Args(**args, runs_dir=str(tmp_path / "b")))
