@@ -9,32 +9,50 @@ are made of the same Gram matrices, and minimised:
     critic      L_D  = -( mean (r - 1)^2 + lambda sum r )                                  Eq. (9), negated
     generator   L_G  = E k(x, x') - 2 E k(x, y) + E k(y, y')                               Eq. (10)
 
-Updates are simultaneous, from one graph (Algorithm 1). mean r is about 1 whatever p and q are, and small
-batches put the divergence far too high: neither tells how good the samples are. sum r grows with the batch.
+Updates are simultaneous, from one graph (Algorithm 1).
+
+What to read in the curves. mean r estimates E_q[p/q] = 1 and says nothing of the samples; where the kernel
+is wide for the features it is near 1, where it is narrow near 0 (untrained critics, sigma 1, 2, 4, 8, 16 on
+CIFAR-10: 0.0, 0.0, 0.2, 0.9, 1.0; sigma 0.1, 1, 10, 100 on MNIST: 0.0, 0.0, 0.9, 1.0). Small batches put
+the divergence far too high. sum r grows with the batch. charts/ has what the ratio is worth: the share of
+negative ratios, the condition number of the solve, and the squared ratio difference D* of Eq. (4), which
+the critic is meant to lower (Figures 1b and 8b).
 
 Published (Table 1, FID on held-out images, three runs): CIFAR-10 24.85 +- 0.94, with the weaker critic
-24.82 +- 0.62; inception score (Table 8) 5.73, 5.44, 5.45.
+24.82 +- 0.62; CelebA 27.04 +- 4.24; inception score on CIFAR-10 (Table 8) 5.73, 5.44, 5.45.
 
-Deviations from the paper [P], from the notebook that the authors name for CIFAR-10 [N], and from their Julia
-code [J]:
-  1. [N] plays another game: q/p at real points, the critic maximises mean r, critic and generator step in
-     turn on the same batch and noise, square root of the MMD^2. Here that is --as-coded, with a ridge. The
-     rest of [N]: --bandwidths 1 1.4142 2 2.8284 4 and both learning rates 1e-4.
-  2. A ridge of 1e-3, as [J], and a solve in float64. [P] has no ridge (--ridge 0), [N] neither, and inverts
-     in float32. The Gram matrix of 200 points in one dimension has a condition number beyond 1e19.
-  3. r is the mean over the bandwidths, each solved by itself ([J], [N]); [P] shows a single kernel. MMD^2 is
-     the sum over them. The factor n_de / n_nu of [J] is 1 for batches of equal size.
-  4. Real and fake pass the critic one after the other, each with its own batch statistics, as in [J] and [N];
-     [P] does not say.
-  5. No batch norm on the critic's first layer, as in [N] and DCGAN; [P] says only that there is some. 4x4
-     kernels of [P], not the 5x5 of [N]. Table 3's, for MNIST, has it on each layer. Its generator has it as
-     in [J]; [P] does not say.
-  6. Images in [-1, 1] and tanh throughout; for MNIST [P] has a sigmoid, which is (1 + tanh(a / 2)) / 2.
-  7. The rings' noise is 0.2 ([J]); [P] says 0.01.
-  8. Glorot weights ([J]'s default) and biases 0; [N] has N(0, 0.02). Sampling by batch statistics as [N].
-  9. Networks of other image sizes by levels, those of 8x8, and the other toys' settings: ours.
- 10. lambda sum r as [P]; [J] has mean r there, a --positivity-weight of 1 / batch size. With --positivity
-     clip that term is gone, as in [J].
+Deviations from the paper [P], from the notebook that the authors name for CIFAR-10 [N] (GRAMFlow), and from
+their code for rings and MNIST [J] (JuliaGRAM). The default is [P], but where an entry says otherwise:
+  1. [N] plays another game: the ratio is q/p at real points, the critic maximises mean r (all but a
+     constant, so it follows the estimate's error), steps before the generator on the same batch and noise,
+     and the generator minimises the square root of the MMD^2. --as-coded notebook plays it, with our ridge.
+     The rest of [N]: --bandwidths 1 1.4142 2 2.8284 4 (its 1 to 16 are variances) and both learning rates
+     1e-4.
+  2. [J] minimises the square root of the MMD^2 (its gradient is that of [P] over twice the root, so it
+     grows as the MMD falls) by Adam with a beta2 of 0.0999 (written 999f-4: it remembers hardly more than
+     one step). --as-coded julia has both; its critic is that of [P] (in earlier versions mean r instead of
+     sum r). The rest of [J]: --batch-size 100, on rings --latent-dim 20 --total-steps 180000, on MNIST
+     --total-steps 12000.
+  3. A ridge of 1e-3, as [J], and a solve in float64. [P] has no ridge (--ridge 0); [N] neither, and inverts
+     in float32. Without one the Gram matrix of 200 points in one dimension is singular in float64.
+  4. r is the mean over the bandwidths, each solved by itself, and MMD^2 the sum over them ([J], [N]); [P]
+     shows a single kernel. The factor n_de / n_nu of [J] is 1 for batches of equal size.
+  5. Real and fake pass the critic one after the other, each with its own batch statistics, as in [J] and
+     [N]; [P] does not say.
+  6. Batch norm is on all critic layers but the first, as in [N] and DCGAN ([P]: "used in both"), and has a
+     learnable scale, which [N] has not; on each layer for MNIST (Table 3). 4x4 kernels of [P], 5x5 in [N]:
+     its CIFAR-10 generator has 522,915 parameters, ours 430,115. The slope 0.2 is [N]'s, [P] gives none.
+  7. Images in [-1, 1] and tanh throughout; for MNIST [P] has a sigmoid, which is (1 + tanh(a / 2)) / 2. Its
+     generator has batch norm as in [J]; [P] does not name any.
+  8. The rings' noise is 0.2 ([J]), with which the modes have a spread that Figure 7 speaks of; [P] says
+     0.01.
+  9. Glorot weights ([J]'s default) and biases 0; [N] has N(0, 0.02); [P] does not say. Samples are drawn
+     with the statistics of their batch, as in [N].
+ 10. Image sizes other than 28 and 32 have Tables 5 and 6 with a level more or less ([P] does not give
+     CelebA's networks or size); the networks and settings of digits are ours.
+ 11. Lengths: [P] gives none for images. CIFAR-10 has the 200 epochs of [N], rings and MNIST stop where
+     Figures 1 and 8 end. [P] trains rings for 2,000 epochs of a set whose size it does not give. The latent
+     dimension of the rings is the least of Figure 2. Settings of other toys: ours.
 
 Usage:
     python gram_net.py
@@ -99,24 +117,26 @@ class Args:
     # --- method ---
     bandwidths: tuple[float, ...] | None = None  # sigma of rbf; ratio: mean over them, MMD: sum over them
     positivity: Literal["sum", "clip"] = "sum"  # lambda sum r in Eq. (9), or r clipped at 0 (footnote 3)
-    positivity_weight: float = 1.0  # lambda of Eq. (9); not read by clip and --as-coded
+    positivity_weight: float = 1.0  # lambda of Eq. (9); not read by clip and --as-coded notebook
     ridge: float = 1e-3  # added to the diagonal of k_yy before Eq. (8) is solved; 0 is [P]
-    as_coded: bool = False  # the game of [N]: q/p at real points, mean ratio, alternating, sqrt of MMD^2
+    as_coded: Literal["notebook", "julia"] | None = None  # the game of [N], or of [J]; Deviations 1 and 2
     weak_critic: bool = False  # Table 7 in the place of Table 6
+    critic_width: int | None = None  # width of the critic alone; None: --width (Figures 2 and 7: 100)
     feature_dim: int | None = None  # dimension K of the projected space, the critic's output
     latent_dim: int | None = None  # dimension of the generator's input z ~ U(-1, 1); on toys N(0, I)
     learning_rate: float | None = None  # of the generator
     critic_learning_rate: float | None = None  # of the critic
     beta1: float = 0.5  # Adam's first moment, both players
-    beta2: float = 0.999  # Adam's second moment, both players
+    beta2: float | None = None  # Adam's second moment, both players; 0.999, of julia 0.0999
 
 
 # [P] section 4 and Appendix B; the number of steps: 200 epochs of [N], and the end of Figures 1 and 8.
 DEFAULTS = {
     "images": dict(
         image_size=64, total_steps=156_000, batch_size=64, width=32, bandwidths=(1.0, 2.0, 4.0, 8.0, 16.0),
-        feature_dim=128, latent_dim=128, learning_rate=5e-5, critic_learning_rate=5e-5, eval_every=7800,
-        eval_features="inception", train_split="train", eval_split="train", sample_bn="batch",
+        feature_dim=128, latent_dim=128, learning_rate=5e-5, critic_learning_rate=5e-5, beta2=0.999,
+        eval_every=7800, eval_features="inception", train_split="train", eval_split="train",
+        sample_bn="batch",
     ),
     "cifar10": dict(image_size=32, eval_split="test"),
     "celeba": dict(eval_split="test"),
@@ -129,11 +149,11 @@ DEFAULTS = {
     "digits": dict(
         image_size=8, total_steps=2000, batch_size=200, width=64, feature_dim=16, latent_dim=16,
         learning_rate=1e-3, critic_learning_rate=1e-3, eval_every=500, eval_features="pixels",
-    ),  # ours; Deviation 9
+    ),  # ours; Deviation 10
     "toys": dict(
         total_steps=10_000, batch_size=200, width=100, bandwidths=(1.0,), feature_dim=10, latent_dim=2,
         learning_rate=1e-3, critic_learning_rate=1e-3, eval_every=1000,
-    ),  # Appendix B.1 with h = 2; Deviations 7 and 9
+    ),  # Appendix B.1 with h = 2; Deviations 8 and 11
 }  # fmt: skip
 VALUE_RANGE = (-1.0, 1.0)
 LOWER_BOUNDS = {"ridge": 0, "positivity_weight": 0}  # bounds of the above
@@ -142,10 +162,14 @@ SCRIPT = Path(__file__).stem
 
 def resolve(args: Args) -> Args:
     """Return args with its data set's values where None stands; BadInput if they make no run."""
-    defaults = DEFAULTS["images"], DEFAULTS.get(datasets.family(args.dataset), {})
-    ok = not args.as_coded or args.positivity == "sum"
-    run.require(ok, "--positivity", "clip", "left out: --as-coded has no such term")
+    defaults = [DEFAULTS["images"], DEFAULTS.get(datasets.family(args.dataset), {})]
+    if args.as_coded == "julia":
+        defaults.append(dict(beta2=0.0999))  # Deviation 2
+    ok = args.as_coded != "notebook" or args.positivity == "sum"
+    run.require(ok, "--positivity", "clip", "left out: --as-coded notebook has no such term")
     args = run.resolve(args, *defaults, lower_bounds=LOWER_BOUNDS)
+    if args.critic_width is None:
+        args.critic_width = args.width
     if args.dataset not in datasets.TOYS:
         levels(args.image_size)  # which refuses a size that fits no network
     return args
@@ -158,13 +182,13 @@ MNIST = (1, 28, 28)  # the shape of images that have networks of their own, Appe
 
 def levels(side: int) -> int:
     """Return how often an image is halved: 1 for 8x8, 3 for 32x32 (down to 4x4) and 48x48 (to 6x6)."""
-    n = side.bit_length() - 3  # Deviation 9
+    n = side.bit_length() - 3  # Deviation 10
     run.require(n >= 1 and side % 2**n == 0, "--image-size", side, "4, 5, 6 or 7 times 2, 4, 8, ...")
     return n
 
 
 def initialise(module: nn.Module) -> None:
-    """Draw the weights of dense and convolution layers as Glorot, set biases to 0; Deviation 8."""
+    """Draw the weights of dense and convolution layers as Glorot, set biases to 0; Deviation 9."""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -176,22 +200,22 @@ class Generator(nn.Module):
     def __init__(self, shape: tuple[int, ...], latent_dim: int, width: int) -> None:
         super().__init__()
         if len(shape) == 1:  # width 100: h-100-100-2
-            sizes = [latent_dim, width, width]
-            hidden = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.ReLU())]
-            layers = [*hidden, nn.Linear(width, *shape)]
+            layers = [nn.Linear(latent_dim, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+            layers.append(nn.Linear(width, shape[0]))
         elif shape == MNIST:  # width 16: 100-600-600-800-784
-            sizes = [latent_dim, *(width * n // 2 for n in (75, 75, 100))]
+            sizes = [latent_dim, width * 75 // 2, width * 75 // 2, width * 50]
             layers = []
-            for i, o in zip(sizes, sizes[1:]):
-                layers += [nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()]
-            layers += [nn.Linear(sizes[-1], 28 * 28), nn.Unflatten(1, shape), nn.Tanh()]  # Deviation 6
-        else:  # Table 5
+            for n_in, n_out in zip(sizes, sizes[1:]):
+                layers += [nn.Linear(n_in, n_out), nn.BatchNorm1d(n_out), nn.ReLU()]
+            layers += [nn.Linear(sizes[-1], 28 * 28), nn.Unflatten(1, shape), nn.Tanh()]  # Deviation 7
+        else:  # Table 5: 128, 64, 32 channels for width 32
             n = levels(shape[1])
-            sizes = [*(width * 2**i for i in reversed(range(n))), shape[0]]
-            start = (sizes[0], shape[1] >> n, shape[2] >> n)
+            start = (width * 2 ** (n - 1), shape[1] // 2**n, shape[2] // 2**n)
             layers = [nn.Linear(latent_dim, start[0] * start[1] * start[2]), nn.Unflatten(1, start)]
-            for i, o in zip(sizes, sizes[1:]):
-                layers += [nn.BatchNorm2d(i), nn.ReLU(), nn.ConvTranspose2d(i, o, 4, 2, 1)]
+            for level in reversed(range(n)):
+                c_in = width * 2**level
+                c_out = c_in // 2 if level > 0 else shape[0]
+                layers += [nn.BatchNorm2d(c_in), nn.ReLU(), nn.ConvTranspose2d(c_in, c_out, 4, 2, 1)]
             layers.append(nn.Tanh())
         self.layers = nn.Sequential(*layers).apply(initialise)
 
@@ -204,18 +228,23 @@ class Critic(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], feature_dim: int, width: int, weak: bool) -> None:
         super().__init__()
-        if len(shape) == 1:
-            layers = [nn.Linear(*shape, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
-        elif shape == MNIST:  # Table 3
+        if len(shape) == 1:  # width 100: 2-100-100-K
+            layers = [nn.Linear(shape[0], width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+            size = width
+        elif shape == MNIST:  # Table 3: 16, 32, 32 channels for width 16
             layers = []
-            for i, o in ((1, width), (width, 2 * width), (2 * width, 2 * width)):
-                layers += [nn.Conv2d(i, o, 3, 1, 1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)]
-        else:  # Table 6: 32, 64, 128; Table 7: 32, 32, 64
-            sizes = [width * 2 ** max(0, i - weak) for i in range(levels(shape[1]))]
-            layers = [nn.Conv2d(shape[0], width, 4, 2, 1), nn.LeakyReLU(0.2)]  # Deviation 5
-            for i, o in zip(sizes, sizes[1:]):
-                layers += [nn.Conv2d(i, o, 4, 2, 1), nn.BatchNorm2d(o), nn.LeakyReLU(0.2)]
-        size = nn.Sequential(*layers)(torch.zeros(2, *shape))[0].numel()
+            for c_in, c_out in ((1, width), (width, 2 * width), (2 * width, 2 * width)):
+                layers += [nn.Conv2d(c_in, c_out, 3, 1, 1), nn.BatchNorm2d(c_out), nn.ReLU(), nn.MaxPool2d(2)]
+            size = 2 * width * 3 * 3
+        else:  # Table 6: 32, 64, 128 channels for width 32; Table 7, the weaker one: 32, 32, 64
+            n = levels(shape[1])
+            layers = [nn.Conv2d(shape[0], width, 4, 2, 1), nn.LeakyReLU(0.2)]  # Deviation 6
+            c_out = width
+            for level in range(1, n):
+                c_in = c_out
+                c_out = c_in if weak and level == 1 else 2 * c_in
+                layers += [nn.Conv2d(c_in, c_out, 4, 2, 1), nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2)]
+            size = c_out * (shape[1] // 2**n) * (shape[2] // 2**n)
         self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(size, feature_dim)).apply(initialise)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -225,6 +254,22 @@ class Critic(nn.Module):
 # --- losses ----------------------------------------------------------------------------------------
 
 
+def gram_matrices(x: Tensor, y: Tensor, bandwidths: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return k_xx (S, n, n), k_xy (S, n, m) and k_yy (S, m, m) in float64, a matrix for each of S bandwidths,
+    of real x (n, d) and fake y (m, d)."""
+    d2_xx, d2_xy, d2_yy = kernels.squared_distance_blocks(x.double(), y.double())
+    k_xx = torch.stack([kernels.rbf(d2_xx, (sigma,)) for sigma in bandwidths])
+    k_xy = torch.stack([kernels.rbf(d2_xy, (sigma,)) for sigma in bandwidths])
+    k_yy = torch.stack([kernels.rbf(d2_yy, (sigma,)) for sigma in bandwidths])
+    return k_xx, k_xy, k_yy
+
+
+def add_ridge(k_de: Tensor, ridge: float) -> Tensor:
+    """Return k_de + ridge I in float64, for Gram matrices k_de (..., n, n)."""
+    identity = torch.eye(k_de.shape[-1], dtype=torch.float64, device=k_de.device)
+    return k_de.double() + ridge * identity  # Deviation 3
+
+
 def density_ratio(k_de: Tensor, k_de_nu: Tensor, ridge: float) -> Tensor:
     """Return the density ratio numerator / denominator at the n_de points of the denominator, Eq. (8).
 
@@ -232,9 +277,21 @@ def density_ratio(k_de: Tensor, k_de_nu: Tensor, ridge: float) -> Tensor:
     and k_de_nu (..., n_de, n_nu); the result is (..., n_de). Single values may be negative.
     """
     n_de, n_nu = k_de_nu.shape[-2:]
-    k_de = k_de.double() + ridge * torch.eye(n_de, dtype=torch.float64, device=k_de.device)  # Deviation 2
     # solve_ex leaves a singular matrix to run.Finite, and does not wait for the device.
-    return torch.linalg.solve_ex(k_de, k_de_nu.double().sum(-1)).result * (n_de / n_nu)
+    solved = torch.linalg.solve_ex(add_ridge(k_de, ridge), k_de_nu.double().sum(-1)).result
+    return solved * (n_de / n_nu)
+
+
+def batch_ratio(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor, args: Args) -> Tensor:
+    """Return the density ratio of a batch (n,), of what gram_matrices returns: the mean over the bandwidths.
+
+    p/q at the generated points, Eq. (8); with --as-coded notebook q/p at the real ones.
+    """
+    if args.as_coded == "notebook":
+        ratio = density_ratio(k_xx, k_xy, args.ridge)  # Deviation 1
+    else:
+        ratio = density_ratio(k_yy, k_xy.mT, args.ridge)
+    return ratio.mean(0)  # Deviation 4
 
 
 def pearson_divergence(ratio: Tensor) -> Tensor:
@@ -249,7 +306,7 @@ def critic_loss(ratio: Tensor, positivity: str, weight: float) -> Tensor:
     """
     if positivity == "clip":
         return -pearson_divergence(ratio.clamp_min(0))
-    return -(pearson_divergence(ratio) + weight * ratio.sum())  # Deviation 10
+    return -(pearson_divergence(ratio) + weight * ratio.sum())
 
 
 def generator_loss(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor) -> Tensor:
@@ -259,19 +316,65 @@ def generator_loss(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor) -> Tensor:
 
 def losses(real_feat: Tensor, fake_feat: Tensor, args: Args) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return critic loss, generator loss and what is logged beside them, for features (n, d); Algorithm 1."""
-    d2 = kernels.squared_distance_blocks(real_feat.double(), fake_feat.double())
-    # (S, n, n) each, S bandwidths: both losses are made of these, Algorithm 1.
-    k_xx, k_xy, k_yy = (torch.stack([kernels.rbf(block, (s,)) for s in args.bandwidths]) for block in d2)
+    k_xx, k_xy, k_yy = gram_matrices(real_feat, fake_feat, args.bandwidths)  # both losses are made of these
     gram = [k.sum(0) for k in (k_xx, k_xy, k_yy)]
-    if args.as_coded:  # Deviation 1
-        ratio = density_ratio(k_xx, k_xy, args.ridge).mean(0)  # q/p at real points
-        c_loss, g_loss = -ratio.mean(), kernels.sqrt_mmd(*gram)
-    else:
-        ratio = density_ratio(k_yy, k_xy.mT, args.ridge).mean(0)  # p/q at generated points; Deviation 3
-        c_loss, g_loss = critic_loss(ratio, args.positivity, args.positivity_weight), generator_loss(*gram)
+    ratio = batch_ratio(k_xx, k_xy, k_yy, args)
+    mmd2 = generator_loss(*gram)
+    c_loss, g_loss = critic_loss(ratio, args.positivity, args.positivity_weight), mmd2
+    if args.as_coded == "notebook":
+        c_loss = -ratio.mean()  # Deviation 1
+    if args.as_coded is not None:
+        g_loss = kernels.safe_sqrt(mmd2)  # Deviations 1 and 2
     logged = {f"kernel/k_{pair}": k.mean() for pair, k in zip(("xx", "xy", "yy"), gram)}
-    logged |= {"losses/pearson_divergence": pearson_divergence(ratio), "losses/mmd2": generator_loss(*gram)}
-    return c_loss, g_loss, logged | {"charts/negative_ratios": (ratio < 0).double().mean()}
+    return (
+        c_loss,
+        g_loss,
+        logged | {"losses/pearson_divergence": pearson_divergence(ratio), "losses/mmd2": mmd2},
+    )
+
+
+# --- how far the ratio can be trusted: logged, and part of no loss ---
+
+
+def negative_share(ratio: Tensor) -> Tensor:
+    """Return the share of ratios (n,) below 0, which no ratio of densities is."""
+    return (ratio < 0).double().mean()
+
+
+def condition_number(k_de: Tensor, ridge: float) -> Tensor:
+    """Return the condition number of what Eq. (8) solves, k_de + ridge I, the largest of k_de (S, n, n).
+
+    Its decimal logarithm is about the number of digits that the solve loses, of the 16 of float64.
+    """
+    return torch.linalg.cond(add_ridge(k_de, ridge)).max()
+
+
+def squared_ratio_difference(data_ratio: Tensor, feat_ratio: Tensor) -> Tensor:
+    """Return the mean (r_x - r)^2 of D*, Eq. (4), for ratios (n,) estimated on data and on their features.
+
+    At the generated points, which have the density q (D* of Figures 1b and 8b).
+    """
+    return (data_ratio - feat_ratio).square().mean()
+
+
+@torch.no_grad()
+def diagnostics(
+    real: Tensor, fake: Tensor, real_feat: Tensor, fake_feat: Tensor, args: Args
+) -> dict[str, Tensor]:
+    """Return what is logged of the ratio, for samples (n, *shape) and their features (n, K).
+
+    The ratio on data has the bandwidths and the ridge of that on features, as in [J], which clips it at 0.
+    Where these bandwidths are narrow for the data it is 0, and D* the mean of r^2.
+    """
+    of_data = gram_matrices(real.flatten(1), fake.flatten(1), args.bandwidths)
+    of_feat = gram_matrices(real_feat, fake_feat, args.bandwidths)
+    ratio = batch_ratio(*of_feat, args)
+    solved = of_feat[0] if args.as_coded == "notebook" else of_feat[2]
+    return {
+        "charts/negative_ratios": negative_share(ratio),
+        "charts/condition_number": condition_number(solved, args.ridge),
+        "charts/squared_ratio_difference": squared_ratio_difference(batch_ratio(*of_data, args), ratio),
+    }
 
 
 # --- sampling --------------------------------------------------------------------------------------
@@ -290,25 +393,37 @@ def draw_picture(path: Path, fake: Tensor, data: datasets.Batches, critic: nn.Mo
         images = datasets.to_uint8(fake[:64], VALUE_RANGE).float() / 255
         images = F.interpolate(images, scale_factor=max(1, 64 // images.shape[-1]))  # small ones enlarged
         torchvision.utils.save_image(images, path)
-        return
+    else:
+        draw_spaces(path, fake, data, critic)
+
+
+def draw_spaces(path: Path, fake: Tensor, data: datasets.Batches, critic: nn.Module) -> None:
+    """Write scatter plots of generated points (n, d) and as many real ones, and of their features, as PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 6))
-    axes = figure.add_subplot(1, 2, 1, projection="3d" if fake.shape[1] == 3 else None, title="data space")
     real = datasets.draw_toy(data.name, len(fake), 0).to(fake.device)
-    for points, name in ((real, "real"), (fake, "generated")):
-        axes.scatter(*points.cpu().T, s=3, alpha=0.6, label=name)
+    figure = Figure(figsize=(12, 6))
+    projection = "3d" if fake.shape[1] == 3 else None
+    axes = figure.add_subplot(1, 2, 1, projection=projection, title="data space")
+    axes.scatter(*real.cpu().T, s=3, alpha=0.6, label="real")
+    axes.scatter(*fake.cpu().T, s=3, alpha=0.6, label="generated")
     axes.legend(loc="upper right")
+
     with torch.no_grad():
         feat = critic(torch.cat([real, fake])).float()  # a toy's critic has no state to disturb
     title = "projected space"
     if feat.shape[1] > 2:
         title += f": first two principal components of {feat.shape[1]}"
-        feat = (feat - feat.mean(0)) @ torch.linalg.svd(feat - feat.mean(0), full_matrices=False).Vh[:2].T
+        feat = feat - feat.mean(0)
+        directions = torch.linalg.svd(feat, full_matrices=False).Vh
+        feat = feat @ directions[:2].T
+    if feat.shape[1] == 1:
+        feat = torch.cat([feat, torch.zeros_like(feat)], 1)  # drawn on a line
+    real_feat, fake_feat = feat.cpu().chunk(2)
     axes = figure.add_subplot(1, 2, 2, title=title)
-    for points in F.pad(feat, (0, 2 - feat.shape[1])).cpu().chunk(2):  # K = 1 is drawn on a line
-        axes.scatter(*points.T, s=3, alpha=0.6)
-    axes.figure.savefig(path)
+    axes.scatter(*real_feat.T, s=3, alpha=0.6)
+    axes.scatter(*fake_feat.T, s=3, alpha=0.6)
+    figure.savefig(path)
 
 
 # --- training --------------------------------------------------------------------------------------
@@ -329,7 +444,7 @@ def train(args: Args) -> dict[str, float]:
     # Models; the seed makes every process start from the same weights.
     torch.manual_seed(args.seed)
     generator = Generator(data.shape, args.latent_dim, args.width).to(device)
-    critic = Critic(data.shape, args.feature_dim, args.width, args.weak_critic).to(device)
+    critic = Critic(data.shape, args.feature_dim, args.critic_width, args.weak_critic).to(device)
     g_optimizer = torch.optim.Adam(generator.parameters(), args.learning_rate, (args.beta1, args.beta2))
     c_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, (args.beta1, args.beta2))
     models = dict(generator=generator, critic=critic, g_optimizer=g_optimizer, c_optimizer=c_optimizer)
@@ -363,11 +478,11 @@ def train(args: Args) -> dict[str, float]:
         with torch.no_grad():
             return run.for_sampling(model, args.sample_bn)(draw_noise(n, args, device)).float()
 
-    def project_and_compare(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return what losses returns, for samples (B, *shape)."""
+    def project(samples: Tensor) -> Tensor:
+        """Return the features (n, K) of samples (B, *shape), those of all processes joined."""
         with autocast:
-            feats = critic(real), critic(fake)  # (B, K) each; Deviation 4
-        return losses(*(kernels.gather(feat.float()) for feat in feats), args)
+            feat = critic(samples)
+        return kernels.gather(feat.float())
 
     def evaluate() -> None:
         metrics.update(evaluator.metrics(sample))
@@ -397,18 +512,21 @@ def train(args: Args) -> dict[str, float]:
         # Both players from one graph: simultaneous updates.
         with autocast:
             fake = generator(noise)
-        c_loss, g_loss, logged = project_and_compare(real, fake)
+        real_feat, fake_feat = project(real), project(fake)  # Deviation 5
+        c_loss, g_loss, logged = losses(real_feat, fake_feat, args)
         c_optimizer.zero_grad()
         g_optimizer.zero_grad()
         c_loss.backward(inputs=list(critic.parameters()), retain_graph=True)
-        if args.as_coded:  # Deviation 1: the critic steps first, and the generator sees its new features
+        if args.as_coded == "notebook":  # Deviation 1: the generator sees the features of the stepped critic
             kernels.average_gradients(critic)
             c_optimizer.step()
-            c_optimizer.zero_grad()  # without a gradient, the critic stays where it is below
-            _, g_loss, _ = project_and_compare(real, fake)
-        g_loss.backward(inputs=list(generator.parameters()))
-        kernels.average_gradients(critic, generator)
-        c_optimizer.step()
+            _, g_loss, _ = losses(project(real), project(fake), args)
+            g_loss.backward(inputs=list(generator.parameters()))
+            kernels.average_gradients(generator)
+        else:
+            g_loss.backward(inputs=list(generator.parameters()))
+            kernels.average_gradients(critic, generator)
+            c_optimizer.step()
         g_optimizer.step()
 
         if args.ema_decay:
@@ -419,6 +537,7 @@ def train(args: Args) -> dict[str, float]:
             finite.check()
             scalars = {"losses/critic": c_loss, "losses/generator": g_loss}
             scalars |= logged
+            scalars |= diagnostics(kernels.gather(real), kernels.gather(fake), real_feat, fake_feat, args)
             scalars |= {"charts/steps_per_second": (step - begin_step) / (time.time() - begin)}
             for tag, value in scalars.items():
                 writer.add_scalar(tag, value, step)

@@ -31,12 +31,13 @@ LOWER_BOUNDS = {
     "log_every": 0, "sample_every": 0, "eval_every": 0, "save_every": 0, "seed": 0,
     "beta1": 0, "beta2": 0, "momentum": 0, "ema_decay": 0,
     "total_steps": 1, "batch_size": 1, "width": 1, "eval_samples": 1, "image_size": 1,
-    "n_critic": 1, "latent_dim": 1, "feature_dim": 1,
+    "n_critic": 1, "latent_dim": 1, "feature_dim": 1, "critic_width": 1,
     "learning_rate": 1e-15, "critic_learning_rate": 1e-15, "bandwidths": 1e-15,
 }  # fmt: skip
 BELOW_1 = math.nextafter(1, 0)
 UPPER_BOUNDS = {
-    "width": 2**14, "feature_dim": 2**14, "latent_dim": 2**14, "image_size": 2**14, "seed": 2**63 - 1,
+    "width": 2**14, "critic_width": 2**14, "feature_dim": 2**14, "latent_dim": 2**14, "image_size": 2**14,
+    "seed": 2**63 - 1,
     "beta1": BELOW_1, "beta2": BELOW_1, "momentum": BELOW_1, "ema_decay": BELOW_1,
 }  # fmt: skip
 BATCH_NORM = nn.modules.batchnorm._BatchNorm  # all kinds

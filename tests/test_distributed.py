@@ -64,7 +64,7 @@ CASES = [
     ("mmd_gan_repulsive", dict(lambda_gp=0.1, critic_norm="none")),
     ("mmd_gan_repulsive", dict(loss="hinge")),
     ("gram_net", dict(dataset="ring3d")),
-    ("gram_net", dict(dataset="ring3d", as_coded=True)),
+    ("gram_net", dict(dataset="ring3d", as_coded="notebook")),
     ("mmd_gan", dict(lambda_rank=2.0)),
     ("gmmn", {}),
     ("gmmn", dict(dataset="digits", autoencoder=True, ae_steps=1)),
@@ -119,9 +119,8 @@ def observe_all(rank, world, folder):
     grads, states, writer, found = [], [], None, []
 
     @register_optimizer_step_pre_hook
-    def note(optimizer, *_):  # the critic of gram_net --as-coded steps without any, once
-        given = [p.grad.clone() for p in optimizer.param_groups[0]["params"] if p.grad is not None]
-        grads.extend([given] if given else [])
+    def note(optimizer, *_):
+        grads.append([p.grad.clone() for p in optimizer.param_groups[0]["params"] if p.grad is not None])
 
     def save(folder, args, script, step, models, rank):
         run.check_replicas(models, step)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import parameters
@@ -82,10 +83,10 @@ def test_ratio_of_identical_sets_is_one():
 def test_equal_samples_have_mean_ratio_one_for_any_number_of_bandwidths(bandwidths):
     """D-GRAM-6: with a sum over 4 bandwidths in the place of the mean, the divergence would be about 9."""
     x = randn(100, 2)
-    for as_coded in (False, True):
+    for as_coded in (None, "julia", "notebook"):
         c_loss, g_loss, logged = run_losses(x, x.clone(), bandwidths=bandwidths, as_coded=as_coded)
         assert logged["losses/pearson_divergence"].item() == pytest.approx(0, abs=1e-3)
-        assert c_loss.item() == pytest.approx(-1 if as_coded else -100, rel=1e-3)
+        assert c_loss.item() == pytest.approx(-1 if as_coded == "notebook" else -100, rel=1e-3)
         assert g_loss.item() == pytest.approx(0, abs=1e-6)
 
 
@@ -158,7 +159,6 @@ def test_losses_are_equations_9_and_10(weight):
     assert g_loss.item() == pytest.approx(literal_mmd2(x, y, BANDWIDTHS), rel=1e-9)
     assert logged["losses/pearson_divergence"].item() == pytest.approx(divergence, rel=1e-9)
     assert logged["losses/mmd2"].item() == pytest.approx(g_loss.item())
-    assert logged["charts/negative_ratios"].item() == pytest.approx(sum(v < 0 for v in r.tolist()) / 12)
     mean = sum(gram(x, y, s) for s in BANDWIDTHS).mean().item()
     assert logged["kernel/k_xy"].item() == pytest.approx(mean)
 
@@ -178,16 +178,41 @@ def test_clipping_leaves_negative_ratios_and_the_sum_out():
     assert run_losses(x, y, positivity="clip")[0].item() == pytest.approx(expected, rel=1e-7)
 
 
-def test_as_coded_is_the_notebooks_game():
+def test_as_coded_notebook_is_the_notebooks_game():
     x, y = features()
-    c_loss, g_loss, logged = run_losses(x, y, bandwidths=BANDWIDTHS, ridge=1e-2, as_coded=True)
+    c_loss, g_loss, logged = run_losses(x, y, bandwidths=BANDWIDTHS, ridge=1e-2, as_coded="notebook")
     r = literal_ratio(x, y, BANDWIDTHS, 1e-2)  # q/p at x
     assert c_loss.item() == pytest.approx(-r.mean().item(), rel=1e-9)
     assert g_loss.item() == pytest.approx(literal_mmd2(x, y, BANDWIDTHS) ** 0.5, rel=1e-9)
     assert logged["losses/mmd2"].item() == pytest.approx(g_loss.item() ** 2)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"positivity": "clip"}, {"as_coded": True}])
+@pytest.mark.parametrize("positivity", ["sum", "clip"])
+def test_as_coded_julia_has_the_papers_critic_and_the_root_of_the_papers_mmd2(positivity):
+    """Their gradients too: that of the root is that of MMD^2 over twice the root."""
+    x, y = features()
+    y.requires_grad_(True)
+    options = dict(bandwidths=BANDWIDTHS, ridge=1e-2, positivity=positivity)
+    paper_critic, mmd2, _ = run_losses(x, y, **options)
+    c_loss, g_loss, _ = run_losses(x, y, **options, as_coded="julia")
+    assert c_loss.item() == paper_critic.item()
+    assert g_loss.item() == pytest.approx(literal_mmd2(x, y.detach(), BANDWIDTHS) ** 0.5, rel=1e-9)
+    (of_root,) = torch.autograd.grad(g_loss, y)
+    (of_square,) = torch.autograd.grad(mmd2, y)
+    torch.testing.assert_close(of_root * 2 * g_loss.item(), of_square)
+
+
+def test_second_moment_of_adam_is_that_of_each_code():
+    """JuliaGRAM writes 999f-4; what is given counts."""
+    resolve = lambda **kwargs: script.resolve(script.Args(**kwargs)).beta2  # noqa: E731
+    assert (resolve(), resolve(as_coded="notebook"), resolve(dataset="ring2d")) == (0.999, 0.999, 0.999)
+    assert (resolve(as_coded="julia"), resolve(dataset="ring2d", as_coded="julia")) == (0.0999, 0.0999)
+    assert resolve(as_coded="julia", beta2=0.9) == 0.9
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"positivity": "clip"}, {"as_coded": "notebook"}, {"as_coded": "julia"}], ids=str
+)
 def test_gradients_are_those_of_finite_differences(kwargs):
     x, y = features(n=6, d=2, seed=5)
     inputs = x.requires_grad_(True), y.requires_grad_(True)
@@ -222,6 +247,69 @@ def test_critic_separates_and_generator_approaches():
     (gradient,) = torch.autograd.grad(run_losses(x, y)[1], y)
     assert ((x.mean(0) - y.mean(0)) * -gradient.sum(0)).sum() > 0
     assert run_losses(x, (y - 0.1 * gradient).detach())[1] < run_losses(x, y)[1]
+
+
+# --- what is logged of the ratio -------------------------------------------------------------------
+
+
+def test_negative_share_counts():
+    assert script.negative_share(torch.tensor([-1e-9, 0.0, 2.0, -3.0, 1.0])).item() == 0.4
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-3, 0.5])
+def test_condition_number_is_that_of_the_worst_matrix(ridge):
+    """The ratio of the largest to the smallest eigenvalue, by NumPy; a float32 matrix is not solved in it."""
+    x = randn(7, 2)
+    stack = torch.stack([gram(x, x, s) for s in (0.3, 1.0, 0.5)])
+    expected = 0.0
+    for k in stack.numpy():
+        eigenvalues = np.linalg.eigvalsh(k)
+        expected = max(expected, (eigenvalues[-1] + ridge) / (eigenvalues[0] + ridge))
+    assert script.condition_number(stack, ridge).item() == pytest.approx(expected, rel=1e-6)
+    rank_one = torch.ones(1, 5, 5)  # eigenvalues 5 and, four times, 0
+    assert script.condition_number(rank_one, 1e-9).item() == pytest.approx(5e9, rel=1e-3)
+
+
+def test_squared_ratio_difference_is_equation_4_of_known_ratios():
+    a, b = [0.5, 2.0, -1.0], [1.0, 2.0, 3.0]
+    got = script.squared_ratio_difference(torch.tensor(a), torch.tensor(b)).item()
+    assert got == pytest.approx((0.5**2 + 0 + 4**2) / 3)
+
+
+@pytest.mark.parametrize("as_coded", [None, "julia", "notebook"])
+def test_diagnostics_of_samples_and_their_features(as_coded):
+    """r on data and r on features, at the same points: the denominator's of the game that is played."""
+    real, fake = randn(9, 1, 2, 3), randn(9, 1, 2, 3, seed=1) * 1.5
+    projection = randn(6, 2, seed=2) * 0.7
+    real_feat, fake_feat = real.flatten(1) @ projection, fake.flatten(1) @ projection
+    args = script.Args(bandwidths=BANDWIDTHS, ridge=1e-2, as_coded=as_coded)
+    got = script.diagnostics(real, fake, real_feat.requires_grad_(True), fake_feat, args)
+    real_feat = real_feat.detach()
+    if as_coded == "notebook":
+        data, feat = [real, fake], [real_feat, fake_feat]
+    else:
+        data, feat = [fake, real], [fake_feat, real_feat]
+    r_data = literal_ratio(data[0].flatten(1), data[1].flatten(1), BANDWIDTHS, 1e-2)
+    r_feat = literal_ratio(*feat, BANDWIDTHS, 1e-2)
+    difference = sum((a - b) ** 2 for a, b in zip(r_data.tolist(), r_feat.tolist())) / 9
+    worst = max(np.linalg.cond(gram(feat[0], feat[0], s).numpy() + 1e-2 * np.eye(9)) for s in BANDWIDTHS)
+    assert (r_feat < 0).any()
+    assert (r_feat > 0).any()
+    assert got["charts/negative_ratios"].item() == pytest.approx(sum(v < 0 for v in r_feat.tolist()) / 9)
+    assert got["charts/condition_number"].item() == pytest.approx(worst, rel=1e-9)
+    assert got["charts/squared_ratio_difference"].item() == pytest.approx(difference, rel=1e-9)
+    assert not any(value.requires_grad for value in got.values())
+
+
+def test_features_that_keep_distances_keep_the_ratio():
+    """Section 3.1: D* is 0 where the critic is the identity, or a rotation."""
+    real, fake = randn(8, 3), randn(8, 3, seed=1)
+    rotation, _ = torch.linalg.qr(randn(3, 3, seed=2))
+    args = script.Args(bandwidths=(1.0,))
+    got = script.diagnostics(real, fake, real @ rotation, fake @ rotation, args)
+    assert got["charts/squared_ratio_difference"].item() == pytest.approx(0, abs=1e-12)
+    got = script.diagnostics(real, fake, real * 0.5, fake * 0.5, args)
+    assert got["charts/squared_ratio_difference"].item() > 1e-3
 
 
 # --- networks --------------------------------------------------------------------------------------
@@ -280,6 +368,22 @@ def test_networks_fit_each_shape(shape, weak):
     assert script.Critic(shape, 3, 8, weak)(fake).shape == (4, 3)
 
 
+@pytest.mark.parametrize(("dataset", "layer"), [("digits", 0), ("ring2d", 0), ("ring2d", 2)])
+def test_critic_width_is_the_critics_alone(dataset, layer, tmp_path):
+    """002 Figures 2 and 7: the generator's width varies, the critic's stays."""
+    _, state = train(tmp_path, dataset=dataset, width=8, critic_width=12, total_steps=1)
+    critic, generator = state["critic"], state["generator"]
+    assert len(critic[f"layers.{layer}.weight"]) == 12
+    assert not any(12 in weight.shape for weight in generator.values())
+    assert state["args"]["critic_width"] == 12
+
+
+def test_critic_width_is_the_width_where_none_is_given():
+    assert script.resolve(script.Args(dataset="ring2d", width=20)).critic_width == 20
+    assert script.resolve(script.Args(dataset="ring2d")).critic_width == 100
+    assert script.resolve(script.Args(dataset="ring2d", width=20, critic_width=100)).critic_width == 100
+
+
 def test_latent_law():
     device = torch.device("cpu")
     toy = script.draw_noise(4000, script.Args(dataset="ring2d", latent_dim=2), device)
@@ -308,12 +412,24 @@ def train(tmp_path, **kwargs):
 
 
 @pytest.mark.parametrize("dataset", ["digits", "ring3d"])
-@pytest.mark.parametrize("variant", [{}, {"positivity": "clip"}, {"as_coded": True}, {"precision": "bf16"}])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"positivity": "clip"},
+        {"as_coded": "notebook"},
+        {"as_coded": "julia"},
+        {"precision": "bf16"},
+    ],
+    ids=str,
+)
 def test_three_steps(tmp_path, dataset, variant):
     folder, state = train(tmp_path, dataset=dataset, feature_dim=4, ema_decay=0.9, **variant)
     scalars = read_scalars(folder)
     wanted = {"losses/critic", "losses/generator", "losses/pearson_divergence", "losses/mmd2"}
-    assert wanted | {"kernel/k_xx", "kernel/k_xy", "kernel/k_yy"} <= set(scalars)
+    wanted |= {"kernel/k_xx", "kernel/k_xy", "kernel/k_yy", "charts/negative_ratios"}
+    wanted |= {"charts/condition_number", "charts/squared_ratio_difference"}
+    assert wanted <= set(scalars)
     assert all(math.isfinite(v) for values in scalars.values() for v in values)
     assert len(scalars["losses/critic"]) == 3
     assert state["step"] == 3

@@ -14,7 +14,7 @@ CASES = [
     "gmmn", "gmmn --dataset swissroll", "gamn --n-critic 2", "gamn --regularizer l1 --data-mmd-weight 1",
     "mmd_gan --warmup-critic 2", "mmd_gan_repulsive --kernel rbf-b", "mmd_gan_repulsive --lambda-gp 0.1",
     "smmd_gan --warmup-critic 2", "smmd_gan --warmup-critic 2 --constraint gradient-penalty",
-    "smmd_gan --warmup-critic 2 --constraint swgan", "gram_net", "gram_net --as-coded",
+    "smmd_gan --warmup-critic 2 --constraint swgan", "gram_net", "gram_net --as-coded notebook",
 ]  # fmt: skip
 
 

@@ -470,7 +470,11 @@ gamn --dataset 8gaussians --eval-metrics fid      | --eval-metrics is fid
 smmd_gan --warmup-critic 0                        | --warmup-critic is 0
 gram_net --ridge -1                               | --ridge is -1.0
 gram_net --positivity-weight -1                   | --positivity-weight is -1.0
-gram_net --as-coded --positivity clip             | --positivity is clip
+gram_net --as-coded notebook --positivity clip    | --positivity is clip
+gram_net --as-coded tensorflow                    | --as-coded
+gram_net --critic-width 0                         | --critic-width is 0
+gram_net --critic-width 99999999                  | --critic-width is 99999999
+gram_net --beta2 1                                | --beta2 is 1.0
 gram_net --weak-critic                            | --weak-critic is on
 gram_net --weak-critic --dataset ring2d           | --weak-critic is on
 gram_net --image-size 9                           | --image-size is 9
