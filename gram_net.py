@@ -333,7 +333,7 @@ def losses(real_feat: Tensor, fake_feat: Tensor, args: Args) -> tuple[Tensor, Te
     )
 
 
-# --- how far the ratio can be trusted: logged, and part of no loss ---
+# How far the ratio can be trusted: logged, and part of no loss.
 
 
 def negative_share(ratio: Tensor) -> Tensor:
