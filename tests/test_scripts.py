@@ -108,7 +108,7 @@ FLOORS = {
     ("mmd_gan", "gamn"): 85,
     ("mmd_gan", "smmd_gan"): 73,
     ("gamn", "smmd_gan"): 77,
-    ("mmd_gan_repulsive", "gram_net"): 83,
+    ("mmd_gan_repulsive", "gram_net"): 81,
     ("mmd_gan_repulsive", "mmd_gan"): 72,
     ("mmd_gan_repulsive", "gamn"): 74,
     ("mmd_gan_repulsive", "smmd_gan"): 69,
