@@ -20,50 +20,60 @@ s2 = s^2 shrinks as the critic gets steeper, which keeps the distance continuous
 
 (the gradients are those by the pixels of x). w(m) = E k(phi(m), phi(x)) - E k(phi(m), phi(y)) is the
 witness function, m lies between a real and a fake image. The continuity of the scaled MMD asks for critic
-layers of bounded condition numbers: --critic-norm orthogonal makes them 1, spectral lowers them in practice;
+layers of bounded condition numbers: --critic-norm orthogonal makes them 1, pim controls them in practice [P];
 --log-condition-numbers shows them.
 
 Published (CIFAR-10): SMMD IS 7.0, FID 31.5; SN-SMMD 7.3, 25.0 (Wang et al. 2019); [B] 6.51, 39.9.
 
 Deviations from the papers [P], [B] and from the authors' code [C]:
-  1. The scale of [C], which all published numbers used, has lambda on the gradient alone, and the same form
-     for every kernel. [P]'s adds lambda to the rest: --scale-form poster. For rbf with sigma 1, [C]'s is a
-     tenth of [P]'s with lambda -0.9: the gradient weighs more.
-  2. The generator takes the scale as a constant: it depends on the critic and the real data alone.
+  1. The scale is that of [C], which made the published numbers: lambda weighs the gradient alone, and every
+     kernel has the same form. [P]'s adds lambda to the rest: --scale-form poster. For rbf with sigma 1, [C]'s
+     is a tenth of [P]'s with lambda -0.9, so the gradient weighs more.
+  2. distance is -||a - b||. [C] has sqrt(||a||^2 + e) + sqrt(||b||^2 + e) - sqrt(||a - b||^2 + e), e = 1e-5:
+     the first two cancel in MMD^2, e changes its gradient by 1 to 3 percent for d = 1, by less for more.
   3. The penalty is on the norm of the whole gradient: [B]. In [C] of [B] the norm is over the rows of each
-     column and channel, which asks for a whole norm of sqrt(w c), 9.8 on CIFAR-10 (--as-coded); Arbel's copy
-     takes it over the channels of each pixel: sqrt(h w), 32.
+     column and channel, which asks for a whole norm of sqrt(w c), 9.8 on CIFAR-10: --as-coded. In [C] of [P]
+     it is over the channels of each pixel: sqrt(h w), 32.
   4. rq-linear leaves out its true diagonal, len(bandwidths) + ||phi||^2. [C] subtracts the constant part
      only, which rewards large features in the critic and small ones in the generator: --as-coded.
-  5. alpha of rq is [B]'s list. The default of [C] is --bandwidths 0.1 1 10.
-  6. At 128 pixels and above the residual blocks of the generator have no batch norm: [C] of the published
-     CelebA runs, where the flag does not reach them.
-  7. The vectors of the spectral norm start converged (15 steps, PyTorch); in [C] they start unnormalised.
-     They move once per update of either player, and real and fake see the same weights, as in [C].
+  5. alpha of rq is the list of [B], five values. The default of [C] is --bandwidths 0.1 1 10.
+  6. At 128 pixels and above the residual blocks of the generator have no batch norm, as in [C] of the
+     published CelebA runs, which its flag does not reach. [C] of [B] has it in every block.
+  7. The vectors of the spectral norm start after 15 iterations (PyTorch), which find 0.98 of the norm of a
+     layer. In [C] they start random: the first norms are 0.8 of the true ones, weights a quarter larger.
+     Real, fake and m see the same weights, after one iteration in each update of either player. In [C] each
+     of the three has an iteration of its own: no difference once the vectors follow the weights.
   8. 5x5 layers of stride 2 pad (2, 1) and not (1, 2): the same network on mirrored images.
-  9. The learning rate is constant, as in the runs of [B]. [C] of [P] tests at every 2000th step whether
-     the KID is better than ten evaluations ago, and lowers the rate after three failures: --lr-schedule kid.
-     Its test asks for a KID that is lower by 0.004 or more, whatever the noise: late in training it is a
-     timetable. The KID of pixels is smaller than that: there the noise alone decides.
- 10. Several processes share one statistic of the whole batch; in [C] each has its own, then averaged.
- 11. Networks of one or two levels for images below 32 pixels, and MLPs for toys, whose coordinates are no
-     pixels in [0, 1]: lambda 0.1 and no norm there. Image sets but those of the table have the learning rate
-     of [C]'s ImageNet runs. Ours.
- 12. Trained on the test images too where a set has them: [C] of both papers. CelebA's random crop and
-     mirroring are drawn once for each image, in [C] at each use; LSUN's crop is central, in [B] random.
+  9. The learning rate is constant, as in the runs of [B]. [C] of [P] lowers it by KID: --lr-schedule kid. At
+     step 0 and every 2000th (MNIST: 500th) it tests whether KID is better than ten evaluations ago, so first
+     at 20,000. Three failures in a row make both rates 0.8 times as large, the generator's 1e-6 at least. The
+     test asks for a KID that is lower by 0.004 or more, whatever the noise (a floor under its variance, of
+     which ours is another estimate): late in training it is a timetable. The KID of pixels is smaller than
+     that: there the floor is 1e-12, and the noise decides. [C]'s step 0 is after the first update.
+ 10. All processes share one statistic of the whole batch. In [C] each GPU has its own, of 64 images, and
+     gradients are clipped on each, then averaged: three on ImageNet, so 192 images per update there.
+ 11. Ours: one or two levels for images below 32 pixels; the networks of 32 pixels up to 63, of 64 up to 127,
+     of 160 from 128 on; MLPs for toys, whose coordinates are no pixels in [0, 1]: lambda 0.1 and no norm.
+     Image sets but those of the table have the learning rate of [C]'s ImageNet runs.
+ 12. Trained on the test images of CIFAR-10 and MNIST and on all of CelebA, as [C] of both papers:
+     --train-split train leaves them out. CelebA's random crop and mirroring are drawn once for each image, in
+     [C] at each use; LSUN's crop is central, in [C] of [B] random.
  13. gradient-penalty keeps the networks, the latent dimension and the schedule of [P], so that only the
-     constraint differs; [B] has DCGAN networks, 100 dimensions and 5 critic updates throughout.
- 14. The 10 critic updates at the beginning and after each 500th step, and the clipping of each variable's
-     gradient, are [C]'s; neither paper has them. --critic-norm orthogonal, which [P] names, is PyTorch's.
+     constraint differs. [B] has DCGAN networks, 100 dimensions and 5 critic updates throughout.
+ 14. From [C], and not in [P]: the 10 critic updates at the beginning and after each 500th step, and the
+     clipping of each variable's gradient. From [P], and not in [C]: --critic-norm orthogonal, PyTorch's.
+ 15. The critic's last layer is normalised as its others are. That of [C] below 64 pixels has spectral norm 1
+     always, without a factor: what the factor of another layer, or its free weights, can make up for.
 
 Usage:
     python smmd_gan.py
     python smmd_gan.py --dataset cifar10 --constraint scaled --critic-norm none
-    python smmd_gan.py --dataset cifar10 --constraint scaled --critic-norm spectral
+    python smmd_gan.py --dataset cifar10 --constraint scaled --critic-norm pim
     python smmd_gan.py --dataset cifar10 --constraint none --critic-norm none
-    python smmd_gan.py --dataset cifar10 --constraint none --critic-norm spectral --no-sn-scale
+    python smmd_gan.py --dataset cifar10 --constraint none --critic-norm pim
     python smmd_gan.py --dataset cifar10 --constraint gradient-penalty
-The second to the fifth are [P]'s models SMMD, SN-SMMD, MMD, SN-MMD; the last is [B].
+The second to the fifth are [P]'s models SMMD, SN-SMMD, MMD, SN-MMD; the last is [B]. All released runs with a
+spectral norm but SN-GAN's learn a factor on each weight; --no-sn-scale leaves the norm at 1.
 """
 
 # --- imports ---------------------------------------------------------------------------------------
@@ -130,8 +140,8 @@ class Args:
     kernel: Literal["rbf", "rq", "rq-linear", "distance", "linear"] | None = None  # None: by constraint
     bandwidths: tuple[float, ...] | None = None  # sigma of rbf (None: 1), alpha of rq (.2 .5 1 2 5); summed
     feature_dim: int | None = None  # dimension d of the critic's output (None: by constraint)
-    critic_norm: Literal["none", "spectral", "orthogonal"] | None = None  # of weights (None: by constraint)
-    sn_scale: bool = True  # spectral: a learned factor on each normalised weight; off: norm 1
+    critic_norm: Literal["none", "pim", "orthogonal"] | None = None  # of weights (None: by constraint)
+    sn_scale: bool = True  # pim: a learned factor on each normalised weight; off: their norm is 1
     log_condition_numbers: bool = False  # of each critic layer's (c_out, rest) matrix, with the curves
     n_critic: int = 5  # critic updates per generator update
     warmup_critic: int = 10  # the same for the first 20 generator updates and after each 500th
@@ -153,6 +163,7 @@ DEFAULTS = {
     ),
     "cifar10": dict(image_size=32, learning_rate=1e-4, train_split="all", eval_split="all"),  # Deviation 12
     "stl10": dict(image_size=48),  # ours
+    "imagenet": dict(batch_size=192),  # Deviation 10
     "celeba": dict(image_size=160, learning_rate=1e-4, train_split="all", eval_split="all"),
     "lsun-bedroom": dict(learning_rate=1e-4),  # [B]
     "mnist": dict(
@@ -168,22 +179,24 @@ DEFAULTS = {
     ),  # ours
 }  # fmt: skip
 CONSTRAINTS = {  # [C] of [P], and of [B] for the penalty; Deviation 13
-    "scaled": dict(kernel="rbf", feature_dim=1, critic_norm="spectral"),
+    "scaled": dict(kernel="rbf", feature_dim=1, critic_norm="pim"),
     "gradient-penalty": dict(kernel="rq-linear", feature_dim=16, critic_norm="none"),
     "none": dict(kernel="rbf", feature_dim=1, critic_norm="none"),
-    "swgan": dict(kernel="linear", feature_dim=1, critic_norm="spectral"),
+    "swgan": dict(kernel="linear", feature_dim=1, critic_norm="pim"),
 }
 VALUE_RANGE = (0.0, 1.0)
 LOWER_BOUNDS = {"lambda_scale": 0, "lambda_gp": 0, "lambda_activation": 0, "clip_norm": 0, "warmup_critic": 1}
+LOWEST_RATE = 1e-6  # that --lr-schedule kid goes down to: [C]
 SCRIPT = Path(__file__).stem
 
 
 def resolve(args: Args) -> Args:
     """Return args with its data set's values where None stands; BadInput if they make no run."""
-    defaults = DEFAULTS["images"], DEFAULTS.get(datasets.family(args.dataset), {})
+    family = datasets.family(args.dataset)
     poster = {"lambda_scale": 1.0} if args.scale_form == "poster" else {}
-    kid = {"eval_every": 2000} if args.lr_schedule == "kid" else {}
-    args = run.resolve(args, CONSTRAINTS[args.constraint], *defaults, poster, kid, lower_bounds=LOWER_BOUNDS)
+    kid = {"eval_every": 500 if family == "mnist" else 2000} if args.lr_schedule == "kid" else {}
+    tables = CONSTRAINTS[args.constraint], DEFAULTS["images"], kid, DEFAULTS.get(family, {}), poster
+    args = run.resolve(args, *tables, lower_bounds=LOWER_BOUNDS)
     bandwidths = (0.2, 0.5, 1.0, 2.0, 5.0) if args.kernel in ("rq", "rq-linear") else (1.0,)  # Deviation 5
     args = run.resolve(args, {"bandwidths": bandwidths, "critic_learning_rate": args.learning_rate})
     ok = args.constraint != "swgan" or (args.kernel, args.feature_dim) == ("linear", 1)
@@ -195,6 +208,8 @@ def resolve(args: Args) -> Args:
         levels(args.image_size)  # which refuses a size that fits no network
     ok = not kid or args.eval_only or (args.eval_every and args.eval_metrics == "all" and not toy)
     run.require(ok, "--lr-schedule", "kid", "constant: no KID of points, with --eval-every 0 or fid alone")
+    lowest, value = f"at least {LOWEST_RATE}, where --lr-schedule kid ends", args.learning_rate
+    run.require(not kid or value >= LOWEST_RATE, "--learning-rate", value, lowest)
     run.require(scaled or not poster, "--scale-form", "poster", "left out: this --constraint has no scale")
     ok = not args.as_coded or args.constraint == "gradient-penalty" or args.kernel == "rq-linear"
     run.require(ok, "--as-coded", "on", "left out: it is about the gradient penalty and rq-linear")
@@ -212,56 +227,146 @@ def levels(side: int) -> int:
 
 
 def initialise(module: nn.Module) -> None:
-    """Draw a layer's weights as [C]; called for the parts of a block first, so that the block overrules."""
+    """Draw the weights of a layer as [C], and set its bias to 0."""
     if isinstance(module, nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
-    elif isinstance(module, (nn.ConvTranspose2d, nn.Linear)):
-        nn.init.normal_(module.weight, std=0.01 if isinstance(module, nn.Linear) else 0.02)
-    for conv in (module.conv1, module.conv2, module.shortcut) if isinstance(module, ResBlock) else ():
-        nn.init.xavier_uniform_(conv.weight)
+    elif isinstance(module, nn.ConvTranspose2d):
+        nn.init.normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.01)
+    elif isinstance(module, ResBlock):  # to which apply comes after its convolutions
+        nn.init.xavier_uniform_(module.conv1.weight)
+        nn.init.xavier_uniform_(module.conv2.weight)
+        nn.init.xavier_uniform_(module.shortcut.weight)
     if getattr(module, "bias", None) is not None:
         nn.init.zeros_(module.bias)
 
 
 class ResBlock(nn.Module):
-    """(B, c_in, h, w) -> (B, c_out, 2h, 2w), or (B, c_out, h/2, w/2) by mean pooling."""
+    """(B, c_in, h, w) -> (B, c_out, 2h, 2w) if up, else (B, c_out, h/2, w/2)."""
 
     def __init__(self, c_in: int, c_out: int, up: bool, batch_norm: bool) -> None:
         super().__init__()
-        self.norm1, self.norm2 = (nn.BatchNorm2d(c) if batch_norm else nn.Identity() for c in (c_in, c_out))
-        self.up, self.down = nn.Upsample(scale_factor=1 + up), nn.AvgPool2d(2 - up)  # one does nothing
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, 1, 1, bias=not up)
-        self.conv2, self.shortcut = nn.Conv2d(c_out, c_out, 3, 1, 1), nn.Conv2d(c_in, c_out, 1)
+        hidden = c_out if up else c_in
+        self.up = up
+        self.norm1 = nn.BatchNorm2d(c_in) if batch_norm else nn.Identity()
+        self.conv1 = nn.Conv2d(c_in, hidden, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(hidden) if batch_norm else nn.Identity()
+        self.conv2 = nn.Conv2d(hidden, c_out, 3, 1, 1)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv2(F.relu(self.norm2(self.conv1(self.up(F.relu(self.norm1(x)))))))
-        return self.down(h) + self.shortcut(self.down(self.up(x)))
+        h = F.relu(self.norm1(x))
+        if self.up:
+            x = F.interpolate(x, scale_factor=2)
+            h = F.interpolate(h, scale_factor=2)
+        h = F.relu(self.norm2(self.conv1(h)))
+        h = self.conv2(h)
+        if not self.up:
+            x = F.avg_pool2d(x, 2)
+            h = F.avg_pool2d(h, 2)
+        return self.shortcut(x) + h
 
 
 class Generator(nn.Module):
-    """z (B, latent_dim) -> samples (B, *shape) in [0, 1]: SNDCGAN's below 64 pixels, ResNet-10 from there."""
+    """z (B, latent_dim) -> samples (B, *shape) in [0, 1]; on toys an MLP, whose samples have no bounds."""
 
     def __init__(self, shape: tuple[int, ...], latent_dim: int, width: int) -> None:
         super().__init__()
         if len(shape) == 1:
-            sizes = [latent_dim, width, width, width]
-            hidden = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.ReLU())]
-            self.layers = nn.Sequential(*hidden, nn.Linear(width, *shape))
+            first = [nn.Linear(latent_dim, width), nn.ReLU()]
+            more = [nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+            self.layers = nn.Sequential(*first, *more, nn.Linear(width, *shape))
             return
-        n, side = levels(shape[1]), shape[1]
-        blocks = n if side < 128 else n - 1  # from 128 pixels the last layer doubles the image too
-        start = (width * 2**blocks, side >> n, side >> n)
-        layers = [nn.Linear(latent_dim, start[0] * start[1] * start[2]), nn.Unflatten(1, start)]
-        for c in (width * 2**i for i in reversed(range(blocks))):  # Deviation 6, Deviation 8
-            deconv = [nn.BatchNorm2d(2 * c), nn.ReLU(), nn.ConvTranspose2d(2 * c, c, 5, 2, 2, 1)]
-            layers += deconv if side < 64 else [ResBlock(2 * c, c, True, batch_norm=side < 128)]
-        layers += [nn.BatchNorm2d(width), nn.ReLU()]
-        last = (nn.Conv2d, 3, 1, 1) if side < 128 else (nn.ConvTranspose2d, 5, 2, 2, 1)
-        self.layers = nn.Sequential(*layers, last[0](width, shape[0], *last[1:]), nn.Sigmoid())
+        side = shape[1]
+        n = levels(side)
+        start = side >> n  # 4, 5, 6 or 7 pixels
+        doublings = n if side < 128 else n - 1  # from 128 pixels the last layer doubles the image too
+        c = width * 2**doublings
+        layers = [nn.Linear(latent_dim, c * start * start), nn.Unflatten(1, (c, start, start))]
+        for _ in range(doublings):
+            if side < 64:  # that of SNDCGAN
+                deconv = nn.ConvTranspose2d(c, c // 2, 5, 2, 2, 1)  # Deviation 8
+                layers += [nn.BatchNorm2d(c), nn.ReLU(), deconv]
+            else:  # ResNet-10
+                layers += [ResBlock(c, c // 2, up=True, batch_norm=side < 128)]  # Deviation 6
+            c //= 2
+        if side < 128:
+            last = nn.Conv2d(width, shape[0], 3, 1, 1)
+        else:
+            last = nn.ConvTranspose2d(width, shape[0], 5, 2, 2, 1)  # Deviation 8
+        self.layers = nn.Sequential(*layers, nn.BatchNorm2d(width), nn.ReLU(), last, nn.Sigmoid())
         self.apply(initialise)
+        nn.init.normal_(last.weight, std=0.02)
 
     def forward(self, z: Tensor) -> Tensor:
         return self.layers(z)
+
+
+class SumOverSpace(nn.Module):
+    """(B, c, h, w) -> (B, c)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum((2, 3))
+
+
+def leaky(layer: nn.Module) -> nn.Sequential:
+    """Return layer, followed by a leaky ReLU."""
+    return nn.Sequential(layer, nn.LeakyReLU(0.2))
+
+
+class Critic(nn.Module):
+    """Samples (B, *shape) -> list of the outputs of all layers, the last the features (B, feature_dim).
+
+    weighted: the layers that normalise and condition_numbers see. No batch norm.
+    """
+
+    def __init__(self, shape: tuple[int, ...], feature_dim: int, width: int) -> None:
+        super().__init__()
+        image = len(shape) == 3
+        side = shape[1] if image else 0
+        n = levels(side) if image else 0
+        end = side >> n  # 4, 5, 6 or 7 pixels
+        c = width
+        before_last = [nn.Flatten()]
+        if not image:
+            layers = [leaky(nn.Linear(*shape, width))]
+            layers += [leaky(nn.Linear(width, width)), leaky(nn.Linear(width, width))]
+            inputs = width
+        elif side < 64:  # that of SNDCGAN
+            layers = [leaky(nn.Conv2d(shape[0], c, 3, 1, 1))]
+            for _ in range(n):
+                layers += [leaky(nn.Conv2d(c, 2 * c, 4, 2, 1)), leaky(nn.Conv2d(2 * c, 2 * c, 3, 1, 1))]
+                c *= 2
+            inputs = c * end * end
+        elif side < 128:  # ResNet-10
+            layers = [leaky(nn.Conv2d(shape[0], c, 3, 1, 1))]
+            for _ in range(n):
+                layers += [ResBlock(c, 2 * c, up=False, batch_norm=False)]
+                c *= 2
+            before_last = [nn.LeakyReLU(0.2), SumOverSpace()]  # no output of their own: [C]
+            inputs = c
+        else:  # DCGAN, of 5 layers at 128 and 160 pixels
+            layers = [leaky(nn.Conv2d(shape[0], c, 5, 2, 2))]  # Deviation 8
+            for _ in range(n - 1):
+                layers += [leaky(nn.Conv2d(c, 2 * c, 5, 2, 2))]
+                c *= 2
+            inputs = c * end * end
+        last = nn.Linear(inputs, feature_dim)  # Deviation 15
+        self.layers = nn.Sequential(*layers, nn.Sequential(*before_last, last))
+        self.weighted = [m for m in self.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        if image:  # on toys, PyTorch's own initial weights
+            self.apply(initialise)
+            nn.init.normal_(last.weight, std=0.02 if side < 64 else 0.01)
+            if 64 <= side < 128:
+                nn.init.xavier_uniform_(self.weighted[0].weight)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        outputs = []
+        for layer in self.layers:
+            x = layer(x)
+            outputs.append(x)
+        return outputs
 
 
 class Scale(nn.Module):
@@ -275,63 +380,50 @@ class Scale(nn.Module):
         return self.factor * weight
 
 
-class Critic(nn.Module):
-    """Samples (B, *shape) -> list of the outputs of all layers, the last the features (B, feature_dim).
+class InFloat32(nn.Module):
+    """Parametrisation that is another one, computed in float32 whatever --precision says."""
 
-    weighted: the layers that normalise and condition_numbers see. No batch norm.
-    """
-
-    def __init__(self, shape: tuple[int, ...], feature_dim: int, width: int) -> None:
+    def __init__(self, parametrisation: nn.Module) -> None:
         super().__init__()
-        if len(shape) == 1:
-            sizes = [*shape, width, width, width]
-            layers = [nn.Sequential(nn.Linear(i, o), nn.LeakyReLU(0.2)) for i, o in zip(sizes, sizes[1:])]
-        else:  # SNDCGAN's below 64 pixels, ResNet-10 to 127, DCGAN of 5 layers from 128
-            n, side = levels(shape[1]), shape[1]
-            widths = [width * 2**i for i in range(n if side < 128 else n - 1)]
-            size = (3, 1, 1) if side < 128 else (5, 2, 2)  # with stride and padding; Deviation 8
-            convs = [nn.Conv2d(shape[0], width, *size)]
-            for c in widths if side < 64 else ():
-                convs += [nn.Conv2d(c, 2 * c, 4, 2, 1), nn.Conv2d(2 * c, 2 * c, 3, 1, 1)]
-            convs += [nn.Conv2d(c, 2 * c, *size) for c in widths] if side >= 128 else []
-            layers = [nn.Sequential(conv, nn.LeakyReLU(0.2)) for conv in convs]
-            if 64 <= side < 128:  # and the sum over space
-                layers += [ResBlock(c, 2 * c, False, batch_norm=False) for c in widths]
-                layers += [nn.Sequential(nn.LeakyReLU(0.2), nn.AvgPool2d(side >> n, divisor_override=1))]
-        last = nn.Linear(nn.Sequential(*layers)(torch.zeros(1, *shape)).numel(), feature_dim)
-        self.layers = nn.Sequential(*layers, nn.Sequential(nn.Flatten(), last))
-        self.weighted = [m for m in self.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-        if len(shape) == 3:  # on toys, PyTorch's own initial weights
-            self.apply(initialise)
-            nn.init.normal_(last.weight, std=0.02 if side < 64 else 0.01)
+        self.parametrisation = parametrisation
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [x := layer(x) for layer in self.layers]
+    def forward(self, weight: Tensor) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):
+            return self.parametrisation(weight)
 
 
 def normalise(critic: Critic, norm: str, sn_scale: bool) -> None:
-    """Give the weights, as matrices (c_out, rest), spectral norm 1, or orthonormal rows or columns."""
-    for layer in critic.weighted if norm != "none" else ():
+    """Give the weights, as matrices (c_out, rest), spectral norm 1, or orthonormal rows or columns.
+
+    sn_scale: with pim, multiply each by a learned factor.
+    """
+    if norm == "none":
+        return
+    register = nn.utils.parametrize.register_parametrization
+    for layer in critic.weighted:
         if norm == "orthogonal":  # PyTorch's is that of the last two dimensions: there must be two
-            unflatten = nn.Unflatten(1, layer.weight.shape[1:])
+            shape = layer.weight.shape
             layer.weight = nn.Parameter(layer.weight.detach().flatten(1))
             nn.utils.parametrizations.orthogonal(layer)
-            nn.utils.parametrize.register_parametrization(layer, "weight", unflatten, unsafe=True)
+            register(layer, "weight", nn.Unflatten(1, shape[1:]), unsafe=True)
         else:
             nn.utils.parametrizations.spectral_norm(layer)  # Deviation 7
             if sn_scale:
-                nn.utils.parametrize.register_parametrization(layer, "weight", Scale())
-        in_float32 = torch.autocast(next(layer.parameters()).device.type, enabled=False)  # in any --precision
-        for part in layer.parametrizations.weight:  # a method of part: copies of the critic get their own
-            part.forward = in_float32(type(part).forward).__get__(part)
+                register(layer, "weight", Scale())
+        parts = layer.parametrizations.weight
+        for i, part in enumerate(parts):
+            parts[i] = InFloat32(part)
 
 
 def condition_numbers(critic: Critic) -> dict[str, Tensor]:
     """Return largest / smallest singular value of each layer's weight (c_out, rest), by name of curve."""
     critic.eval()  # reading a weight in training mode would move the vectors of its spectral norm
-    matrices = [layer.weight.detach().flatten(1).float() for layer in critic.weighted]
+    numbers = {}
+    for i, layer in enumerate(critic.weighted, 1):
+        matrix = layer.weight.detach().flatten(1).float()
+        numbers[f"condition/layer_{i}"] = torch.linalg.cond(matrix)
     critic.train()
-    return {f"condition/layer_{i}": torch.linalg.cond(matrix) for i, matrix in enumerate(matrices, 1)}
+    return numbers
 
 
 # --- losses ----------------------------------------------------------------------------------------
@@ -339,38 +431,61 @@ def condition_numbers(critic: Critic) -> dict[str, Tensor]:
 
 def jacobian_norm2(feat: Tensor, inputs: Tensor, create_graph: bool) -> Tensor:
     """Return ||grad phi||_F^2 (n,), exact, for feat (n, d) = phi(inputs): one backward pass per output."""
-    grads = [torch.autograd.grad(out, inputs, None, True, create_graph)[0] for out in feat.sum(0)]
-    return sum(kernels.at_least_float32(grad).flatten(1).square().sum(1) for grad in grads)
+    norm2 = 0
+    for output in feat.unbind(1):  # (n,), each of its own input alone
+        (grad,) = torch.autograd.grad(output.sum(), inputs, retain_graph=True, create_graph=create_graph)
+        norm2 = norm2 + kernels.at_least_float32(grad).flatten(1).square().sum(1)
+    return norm2
 
 
 def distance_scale(feat: Tensor, real: Tensor, args: Args, create_graph: bool) -> Tensor | float:
-    """Return what multiplies the distance: s2, s for swgan, 1 with no scale; for feat (n, d) = phi(real).
-
-    For k(a, b) = kappa(||a - b||^2), sum_i d2k is -2 kappa'(0) ||grad phi||_F^2 with 1 / sigma^2 (rbf) or
-    1 (rq) for -2 kappa'(0), and k(x, x) = 1. For <a, b> it is ||grad phi||_F^2, and k(x, x) = ||phi||^2.
-    """
+    """Return what multiplies the distance: s2, s for swgan, 1 with no scale; for feat (n, d) = phi(real)."""
     if args.constraint not in ("scaled", "swgan"):
         return 1.0
     norm2 = kernels.gather(jacobian_norm2(feat, real, create_graph)).mean()  # Deviation 10
     feat2 = kernels.gather(feat).square().sum(1).mean()
-    if args.scale_form == "released":  # Deviation 1
-        s2 = 1 / (1 + args.lambda_scale * (norm2 + (feat2 if args.constraint == "swgan" else 0)))
+    if args.scale_form == "poster":  # Deviation 1
+        s2 = 1 / (args.lambda_scale + kernel_energy(feat2, norm2, args.kernel, args.bandwidths))
+    elif args.constraint == "swgan":
+        s2 = 1 / (1 + args.lambda_scale * (norm2 + feat2))
     else:
-        linear = args.kernel in ("linear", "rq-linear")  # has the term <a, b>
-        ones = len(args.bandwidths) * (args.kernel != "linear")  # kappa(0), summed
-        slopes = {"rbf": sum(s**-2 for s in args.bandwidths), "rq": ones, "rq-linear": ones, "linear": 0}
-        slope = slopes[args.kernel]  # -2 kappa'(0), summed; a kernel of your own needs its own
-        s2 = 1 / (args.lambda_scale + ones + linear * feat2 + (slope + linear) * norm2)
+        s2 = 1 / (1 + args.lambda_scale * norm2)
     return s2.sqrt() if args.constraint == "swgan" else s2
+
+
+def kernel_energy(feat2: Tensor, norm2: Tensor, kernel: str, bandwidths: tuple[float, ...]) -> Tensor:
+    """Return E [k(x, x) + sum_i d2k / dy_i dz_i at y = z = x] of [P], a kernel being a sum over bandwidths.
+
+    For k(a, b) = kappa(||a - b||^2) it is kappa(0) - 2 kappa'(0) E ||grad phi||_F^2, and kappa(0) = 1. A
+    kernel of your own needs its own slope. feat2: E ||phi(x)||^2. norm2: E ||grad phi(x)||_F^2.
+    """
+    energy = 0
+    if kernel == "rbf":
+        slope = sum(1 / s**2 for s in bandwidths)  # -2 kappa'(0)
+        energy = len(bandwidths) + slope * norm2
+    elif kernel in ("rq", "rq-linear"):
+        energy = len(bandwidths) + len(bandwidths) * norm2  # -2 kappa'(0) = 1 for every alpha
+    if kernel in ("linear", "rq-linear"):
+        energy = energy + feat2 + norm2  # of <a, b>
+    return energy
 
 
 def squared_mmd(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor, args: Args) -> Tensor:
     """Return the unbiased estimate of MMD^2, which may be negative, for Gram matrices (n, n)."""
-    mmd2 = kernels.mmd2(k_xx, k_xy, k_yy, "unbiased")
+    mmd2 = kernels.mmd2(k_xx, k_xy, k_yy, "unbiased")  # Deviation 2, of the kernel distance
     if args.as_coded and args.kernel == "rq-linear":  # Deviation 4
         left = (k_xx.trace() + k_yy.trace()) / len(k_xx) - 2 * len(args.bandwidths)
         mmd2 = mmd2 + left / (len(k_xx) - 1)
     return mmd2
+
+
+def critic_distance(
+    real_feat: Tensor, fake_feat: Tensor, k_xx: Tensor, k_xy: Tensor, k_yy: Tensor, args: Args
+) -> Tensor:
+    """Return what the players fight over, not yet scaled: MMD^2, or E phi(x) - E phi(y) for swgan."""
+    if args.constraint == "swgan":
+        return real_feat.mean() - fake_feat.mean()
+    return squared_mmd(k_xx, k_xy, k_yy, args)
 
 
 def critic_loss(distance: Tensor, scale: Tensor | float) -> Tensor:
@@ -383,26 +498,37 @@ def generator_loss(distance: Tensor, scale: Tensor | float) -> Tensor:
     return scale * distance
 
 
+def between(real: Tensor, fake: Tensor) -> Tensor:
+    """Return m (n, *shape), each at a random place on the line from a real sample to a fake one."""
+    u = torch.rand(len(real), device=real.device).reshape(-1, *[1] * (real.ndim - 1))
+    return real + u * (fake - real)
+
+
 def gradient_penalty(m: Tensor, m_feat: Tensor, real_feat: Tensor, fake_feat: Tensor, args: Args) -> Tensor:
     """Return E (||grad w(m)|| - 1)^2 for m (n, *shape) and features (n, d); all three get gradients."""
     k_mx = kernels.gram_blocks(m_feat, real_feat, args.kernel, args.bandwidths)[1]
     k_my = kernels.gram_blocks(m_feat, fake_feat, args.kernel, args.bandwidths)[1]
     witness = k_mx.mean(1) - k_my.mean(1)  # w(m) = mean_i k(phi(m), phi(x_i)) - mean_j k(phi(m), phi(y_j))
     (grad,) = torch.autograd.grad(witness.sum(), m, create_graph=True)
-    norm2 = grad.square().sum(2) if args.as_coded and m.ndim == 4 else grad.flatten(1).square().sum(1)
-    return (kernels.gather((norm2 + 1e-5).sqrt()) - 1).square().mean()  # Deviation 3
+    norm2 = grad.flatten(1).square().sum(1)
+    if args.as_coded and m.ndim == 4:  # Deviation 3
+        norm2 = grad.square().sum(2)  # (n, c, w), over the rows
+    norm = kernels.gather((norm2 + 1e-5).sqrt())
+    return (norm - 1).square().mean()
 
 
 def activation_penalty(real_outputs: list[Tensor], fake_outputs: list[Tensor]) -> Tensor:
     """Return the mean square of each layer's output (n, ...), summed over layers, and over real and fake."""
-    means = [kernels.at_least_float32(h).square().mean() for h in (*real_outputs, *fake_outputs)]
-    return kernels.gather(torch.stack(means)[None]).mean(0).sum()
+    total = sum(kernels.at_least_float32(h).square().mean() for h in [*real_outputs, *fake_outputs])
+    return kernels.gather(total[None]).mean()
 
 
 def clip_each(module: nn.Module, clip_norm: float) -> None:
     """Scale down the gradient of each variable by itself to norm clip_norm at most; 0 does nothing."""
-    for p in module.parameters() if clip_norm else ():
-        nn.utils.clip_grad_norm_(p, clip_norm)
+    if clip_norm == 0:
+        return
+    for parameter in module.parameters():
+        nn.utils.clip_grad_norm_(parameter, clip_norm)
 
 
 # --- sampling --------------------------------------------------------------------------------------
@@ -507,6 +633,28 @@ class KidSchedule:
         self.failures = state["failures"]
 
 
+def follow_kid(
+    schedule: KidSchedule,
+    evaluator: evaluation.Evaluator,
+    g_optimizer: torch.optim.Optimizer,
+    c_optimizer: torch.optim.Optimizer,
+) -> None:
+    """Let the evaluation that was last decide whether the learning rates fall."""
+    factor = schedule.step(evaluation.from_first(lambda: kernel_sums(*evaluator.features)))
+    if factor < 1:
+        lower_rates(g_optimizer, c_optimizer, factor)
+
+
+def lower_rates(
+    g_optimizer: torch.optim.Optimizer, c_optimizer: torch.optim.Optimizer, factor: float
+) -> None:
+    """Multiply the generator's learning rate by factor, down to 1e-6; the critic's keeps its ratio to it."""
+    old = g_optimizer.param_groups[0]["lr"]
+    new = max(LOWEST_RATE, factor * old)
+    for group in g_optimizer.param_groups + c_optimizer.param_groups:
+        group["lr"] *= new / old
+
+
 def train(args: Args) -> dict[str, float]:
     """Train, evaluate and save; return the final metrics."""
     # Set-up: nothing is written before all that can be wrong with the input has been found.
@@ -522,7 +670,7 @@ def train(args: Args) -> dict[str, float]:
     generator = Generator(data.shape, args.latent_dim, args.width).to(device)
     critic = Critic(data.shape, args.feature_dim, args.width).to(device)
     normalise(critic, args.critic_norm, args.sn_scale)
-    swgan, penalised = args.constraint == "swgan", args.constraint == "gradient-penalty"
+    penalised = args.constraint == "gradient-penalty"
     g_optimizer = torch.optim.Adam(generator.parameters(), args.learning_rate, (args.beta1, args.beta2))
     c_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, (args.beta1, args.beta2))
     models = dict(generator=generator, critic=critic, g_optimizer=g_optimizer, c_optimizer=c_optimizer)
@@ -575,6 +723,9 @@ def train(args: Args) -> dict[str, float]:
         return metrics
     if step == 0:
         save()  # from here on there is always something to resume from
+    if args.lr_schedule == "kid" and not schedule.memory:  # the first to be remembered is that of step 0
+        evaluate()
+        follow_kid(schedule, evaluator, g_optimizer, c_optimizer)
     drawn = sum(critic_steps(i, args) + 1 for i in range(1, step + 1))  # batches
     begin, begin_step = time.time(), step
     steps = range(step + 1, args.total_steps + 1)
@@ -592,13 +743,12 @@ def train(args: Args) -> dict[str, float]:
                 real_out, fake_out = critic(real), critic(fake)
                 real_feat, fake_feat = real_out[-1], fake_out[-1]
                 if penalised:
-                    u = torch.rand(len(real), *[1] * len(data.shape), device=device)
-                    m = real + u * (fake.float() - real)
+                    m = between(real, fake.float())
                     m_feat = critic(m)[-1].float()
             scale = distance_scale(real_feat.float(), real, args, create_graph=True)
             real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
             k_xx, k_xy, k_yy = kernels.gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
-            distance = real_feat.mean() - fake_feat.mean() if swgan else squared_mmd(k_xx, k_xy, k_yy, args)
+            distance = critic_distance(real_feat, fake_feat, k_xx, k_xy, k_yy, args)
             c_loss = critic_loss(distance, scale)
             if penalised:
                 c_loss = c_loss + args.lambda_gp * gradient_penalty(m, m_feat, real_feat, fake_feat, args)
@@ -616,10 +766,11 @@ def train(args: Args) -> dict[str, float]:
         with autocast, nn.utils.parametrize.cached():
             fake = generator(noise)
             real_feat, fake_feat = critic(real)[-1], critic(fake)[-1]
-        scale = distance_scale(real_feat.float(), real, args, create_graph=False)  # Deviation 2
+        # The scale depends on the critic and the real images alone: a constant to the generator.
+        scale = distance_scale(real_feat.float(), real, args, create_graph=False)
         real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
         k_xx, k_xy, k_yy = kernels.gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
-        distance = real_feat.mean() - fake_feat.mean() if swgan else squared_mmd(k_xx, k_xy, k_yy, args)
+        distance = critic_distance(real_feat, fake_feat, k_xx, k_xy, k_yy, args)
         g_loss = generator_loss(distance, scale)
         g_optimizer.zero_grad()
         g_loss.backward(inputs=list(generator.parameters()))
@@ -634,8 +785,8 @@ def train(args: Args) -> dict[str, float]:
         if last_or_every(args.log_every):
             finite.check()
             scalars = {"losses/critic": c_loss, "losses/generator": g_loss}
-            scalars |= {"losses/distance": distance, "losses/scale": scale}
-            scalars |= {"charts/learning_rate": g_optimizer.param_groups[0]["lr"]}
+            rate = g_optimizer.param_groups[0]["lr"]
+            scalars |= {"losses/distance": distance, "losses/scale": scale, "charts/learning_rate": rate}
             scalars |= {"kernel/k_xx": k_xx.mean(), "kernel/k_xy": k_xy.mean(), "kernel/k_yy": k_yy.mean()}
             scalars |= condition_numbers(critic) if args.log_condition_numbers else {}
             scalars |= {"charts/steps_per_second": (step - begin_step) / (time.time() - begin)}
@@ -646,9 +797,7 @@ def train(args: Args) -> dict[str, float]:
         if args.eval_every and last_or_every(args.eval_every):
             evaluate()
             if args.lr_schedule == "kid" and step % args.eval_every == 0:  # Deviation 9
-                factor = schedule.step(evaluation.from_first(lambda: kernel_sums(*evaluator.features)))
-                for group in g_optimizer.param_groups + c_optimizer.param_groups:
-                    group["lr"] = max(1e-6, factor * group["lr"])
+                follow_kid(schedule, evaluator, g_optimizer, c_optimizer)
         stopping = run.stop_asked(step) and step < args.total_steps
         if last_or_every(args.save_every) or stopping:
             save()

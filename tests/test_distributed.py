@@ -55,7 +55,7 @@ BATCH = 12
 # Networks without batch norm. The critics' losses with a gradient in them are differentiated twice.
 CASES = [
     ("smmd_gan", dict(feature_dim=2)),
-    ("smmd_gan", dict(scale_form="poster", critic_norm="spectral", clip_norm=0.01)),
+    ("smmd_gan", dict(scale_form="poster", critic_norm="pim", clip_norm=0.01)),
     ("smmd_gan", dict(constraint="swgan")),
     ("smmd_gan", dict(constraint="gradient-penalty")),
     ("gamn", dict(data_mmd_weight=0.5)),

@@ -94,7 +94,7 @@ def networks(script, dataset):
     }
     critic = module.Critic(shape, args.feature_dim, 16, *method.get(script, ()))
     if script == "smmd_gan":
-        module.normalise(critic, "spectral", True)
+        module.normalise(critic, "pim", True)
     return module, args, shape, generator, critic
 
 

@@ -482,12 +482,12 @@ def test_spectral_norm_of_smmd(theirs):
             layer.double().weight.data.copy_(w)
             critic = nn.Module()
             critic.layer, critic.weighted = layer, [layer]
-            smmd_gan.normalise(critic, "spectral", False)
+            smmd_gan.normalise(critic, "pim", False)
             matrix, u = w.flatten(1), theirs.tensor(f"sn_{name}_u0")[0]
             for _ in range(steps):
                 v = F.normalize(matrix.T @ u, dim=0)
                 u = F.normalize(matrix @ v, dim=0)
-            norm = layer.parametrizations.weight[0]
+            norm = layer.parametrizations.weight[0].parametrisation
             norm._u.copy_(u)
             norm._v.copy_(v)
             critic.eval()

@@ -467,6 +467,7 @@ smmd_gan --lr-schedule kid --dataset swissroll    | --lr-schedule is kid
 smmd_gan --lr-schedule kid --eval-every 0         | --lr-schedule is kid
 smmd_gan --lr-schedule kid --eval-metrics fid     | --lr-schedule is kid
 gamn --dataset 8gaussians --eval-metrics fid      | --eval-metrics is fid
+smmd_gan --lr-schedule kid --learning-rate 1e-7   | --learning-rate is 1e-07
 smmd_gan --warmup-critic 0                        | --warmup-critic is 0
 gram_net --ridge -1                               | --ridge is -1.0
 gram_net --positivity-weight -1                   | --positivity-weight is -1.0

@@ -543,14 +543,14 @@ def matrices(critic):
     return found
 
 
-@pytest.mark.parametrize("norm", ["spectral", "orthogonal"])
+@pytest.mark.parametrize("norm", ["pim", "orthogonal"])
 def test_a_copy_of_a_critic_normalises_its_own_weights(norm):
     """And layers without a bias, which a network of one's own may have."""
     torch.manual_seed(0)
     critic = S.Critic((1, 8, 8), 1, 8)
     for layer in critic.weighted[:-1]:
         layer.bias = None
-    S.normalise(critic, norm, sn_scale=norm == "spectral")
+    S.normalise(critic, norm, sn_scale=norm == "pim")
     copied, x = copy.deepcopy(critic).eval(), torch.rand(4, 1, 8, 8)
     before = copied(x)[-1]
     assert before.norm() > 0
@@ -563,7 +563,7 @@ def test_a_copy_of_a_critic_normalises_its_own_weights(norm):
 @pytest.mark.parametrize("shape", [(2,), (1, 8, 8), (3, 64, 64)])
 def test_norms_against_the_svd(shape):
     plain = matrices(made(shape, "none"))
-    spectral, orthogonal = made(shape, "spectral"), made(shape, "orthogonal")
+    spectral, orthogonal = made(shape, "pim"), made(shape, "orthogonal")
     for _ in range(200):
         [layer.weight for layer in spectral.weighted]  # a step of power iteration each
     for before, after in zip(plain, matrices(spectral)):
@@ -573,10 +573,10 @@ def test_norms_against_the_svd(shape):
         values = torch.linalg.svdvals(matrix)
         torch.testing.assert_close(values, torch.ones_like(values), rtol=0, atol=1e-4)
     x = torch.rand(3, *shape)
-    assert all(made(shape, norm)(x)[-1].shape == (3, 1) for norm in ("none", "spectral", "orthogonal"))
+    assert all(made(shape, norm)(x)[-1].shape == (3, 1) for norm in ("none", "pim", "orthogonal"))
 
 
-@pytest.mark.parametrize("norm", ["spectral", "orthogonal"])
+@pytest.mark.parametrize("norm", ["pim", "orthogonal"])
 def test_norms_stay_in_float32_under_autocast(norm, monkeypatch):
     """On a CPU only the products of orthogonal would be in bfloat16; on a GPU mv, of spectral, too."""
     critic, mv, seen = made((1, 8, 8), norm, True), torch.mv, []
@@ -593,7 +593,7 @@ def test_norms_stay_in_float32_under_autocast(norm, monkeypatch):
 
 
 def test_learned_scale_multiplies_the_normalised_weight():
-    critic, without = made((1, 8, 8), "spectral", True), made((1, 8, 8), "spectral")
+    critic, without = made((1, 8, 8), "pim", True), made((1, 8, 8), "pim")
     factors = [p for name, p in critic.named_parameters() if name.endswith("factor")]
     assert len(factors) == len(critic.weighted) == 4
     assert not any(name.endswith("factor") for name, _ in without.named_parameters())
@@ -605,7 +605,7 @@ def test_learned_scale_multiplies_the_normalised_weight():
 
 
 def test_condition_numbers():
-    for norm in ("none", "spectral", "orthogonal"):
+    for norm in ("none", "pim", "orthogonal"):
         critic = made((1, 8, 8), norm)
         state = copy.deepcopy(critic.state_dict())
         got = list(S.condition_numbers(critic).values())
@@ -642,8 +642,9 @@ def test_networks_are_those_of_methods_7_4():
         128 * 16384 + 16384 + sum(block(o, i, 0) + 2 * (i + o) for i, o in pairs) + 128 + conv(64, 3, 3)
     )
     assert parameters(generator) == expected
-    assert parameters(critic) == conv(3, 64, 3) + sum(block(i, o, 1) for i, o in pairs) + 1024 + 1
-    assert shapes[-3:] == [(1024, 4, 4), (1024, 1, 1), (1,)]
+    down = lambda i, o: conv(i, i, 3, 0) + conv(i, o, 3) + conv(i, o, 1)  # noqa: E731
+    assert parameters(critic) == conv(3, 64, 3) + sum(down(i, o) for i, o in pairs) + 1024 + 1 == 10_103_297
+    assert shapes[-2:] == [(1024, 4, 4), (1,)]  # the sum over space is no output
 
     generator, critic, shapes = pair(160)  # g-resnet5 and dcgan5
     assert critic.weighted[-1].in_features == 25_600
@@ -653,16 +654,80 @@ def test_networks_are_those_of_methods_7_4():
     assert parameters(critic) == conv(3, 64, 5) + sum(conv(i, o, 5) for i, o in pairs) + 25_600 + 1
 
 
-def test_initialisation_and_sum_over_space():
+def glorot(layer):
+    """Standard deviation of Glorot's uniform law for a convolution."""
+    fans = (layer.in_channels + layer.out_channels) * layer.kernel_size[0] ** 2
+    return (2 / fans) ** 0.5
+
+
+@pytest.mark.parametrize("side", [8, 32, 64, 128])
+def test_initial_laws(side):
+    """Those of [C], measured: standard deviation (0.88 of nominal if truncated), largest entry, biases."""
     torch.manual_seed(0)
-    generator, critic = S.Generator((1, 8, 8), 128, 32), S.Critic((1, 8, 8), 1, 32)
-    weights = generator.layers[0].weight, critic.weighted[1].weight, critic.weighted[-1].weight
-    assert [w.std().item() for w in weights] == pytest.approx([0.01, 0.0176, 0.02], rel=0.05)
-    assert critic.weighted[1].weight.abs().max() <= 0.04
-    critic = S.Critic((1, 64, 64), 1, 2)
-    *_, before, total, _ = critic(torch.rand(2, 1, 64, 64))
-    torch.testing.assert_close(total[..., 0, 0], nn.functional.leaky_relu(before, 0.2).sum((2, 3)))
-    assert critic.weighted[1].weight.abs().max() <= (6 / (2 * 9 + 4 * 9)) ** 0.5  # Glorot's bound
+    generator, critic = S.Generator((3, side, side), 128, 32), S.Critic((3, side, side), 4, 32)
+    last = generator.layers[-2]
+    expected = {generator.layers[0]: (0.01, "normal"), last: (0.02, "normal")}
+    expected |= {m: (0.02, "normal") for m in generator.modules() if isinstance(m, nn.ConvTranspose2d)}
+    *convolutions, features = critic.weighted
+    expected[features] = (0.02 if side < 64 else 0.01, "normal")
+    for block in [m for m in [*generator.modules(), *critic.modules()] if isinstance(m, S.ResBlock)]:
+        expected |= {m: (glorot(m), "uniform") for m in (block.conv1, block.conv2, block.shortcut)}
+    first = convolutions[0]
+    if side == 64:
+        expected[first] = glorot(first), "uniform"
+    expected |= {m: (0.02 * 0.8796, "truncated") for m in convolutions if m not in expected}
+    largest = {"uniform": 3**0.5, "truncated": 2 / 0.8796, "normal": 5.5}  # in standard deviations
+    for layer, (std, law) in expected.items():
+        weight = layer.weight.detach()
+        few = 4 * (2 * weight.numel()) ** -0.5  # four standard errors of a standard deviation
+        assert weight.std().item() == pytest.approx(std, rel=few)
+        assert weight.abs().max() <= largest[law] * std * 1.0001
+        if law == "normal" and weight.numel() > 500:  # 1 in 22 of a normal is beyond two deviations
+            assert weight.abs().max() > 2.4 * std
+        if layer.bias is not None:
+            assert not layer.bias.any()
+    layers = [m for m in [*generator.modules(), *critic.modules()] if hasattr(m, "kernel_size")]
+    assert {*layers, generator.layers[0], features} <= expected.keys()
+
+
+@pytest.mark.parametrize("up", [False, True])
+def test_residual_block_against_loops(up):
+    """[C]'s: halves by the mean of four slices, after the second convolution and before the shortcut."""
+    torch.manual_seed(0)
+    block = S.ResBlock(2, 3, up, batch_norm=False).double()
+    assert block.conv1.bias is None
+    x = randn(2, 2, 4, 4)
+
+    def convolution(x, layer, padding):
+        x, weight = nn.functional.pad(x, [padding] * 4), layer.weight
+        k = weight.shape[2]
+        out = torch.zeros(len(x), len(weight), x.shape[2] - k + 1, x.shape[3] - k + 1, dtype=x.dtype)
+        for i in range(out.shape[2]):
+            for j in range(out.shape[3]):
+                window = x[:, :, i : i + k, j : j + k]
+                out[:, :, i, j] = torch.einsum("nckl,ockl->no", window, weight)
+        return out if layer.bias is None else out + layer.bias[:, None, None]
+
+    def halved(x):
+        return sum(x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)) / 4
+
+    def doubled(x):
+        return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    h = x.clamp_min(0)
+    h = convolution(doubled(h) if up else h, block.conv1, 1)
+    h = convolution(h.clamp_min(0), block.conv2, 1)
+    shortcut = convolution(doubled(x) if up else halved(x), block.shortcut, 0)
+    torch.testing.assert_close(block(x), shortcut + (h if up else halved(h)))
+
+
+def test_features_are_of_the_sum_over_space():
+    torch.manual_seed(0)
+    critic = S.Critic((1, 64, 64), 3, 2)
+    *_, before, features = critic(torch.rand(2, 1, 64, 64))
+    total = torch.where(before > 0, before, 0.2 * before).sum((2, 3))
+    last = critic.weighted[-1]
+    torch.testing.assert_close(features, total @ last.weight.T + last.bias)
 
 
 @pytest.mark.parametrize("shape", [(2,), (1, 8, 8), (1, 28, 28), (3, 64, 64), (1, 128, 128)])
@@ -717,16 +782,16 @@ def smoke(tmp_path, *options):
     "options",
     [
         "--critic-norm none --log-condition-numbers",
-        "--critic-norm spectral --log-condition-numbers",
-        "--critic-norm spectral --no-sn-scale",
+        "--critic-norm pim --log-condition-numbers",
+        "--critic-norm pim --no-sn-scale",
         "--critic-norm orthogonal --log-condition-numbers",
         "--constraint none",
-        "--constraint none --critic-norm spectral --no-sn-scale",
+        "--constraint none --critic-norm pim --no-sn-scale",
         "--constraint swgan",
         "--constraint swgan --scale-form poster",
         "--constraint gradient-penalty",
         "--constraint gradient-penalty --as-coded --bandwidths 0.1 1 10",
-        "--constraint gradient-penalty --kernel distance --critic-norm spectral",
+        "--constraint gradient-penalty --kernel distance --critic-norm pim",
         "--constraint gradient-penalty --precision bf16",
         "--scale-form poster --kernel rq --feature-dim 3",
         "--kernel linear",
@@ -753,31 +818,65 @@ def test_defaults_by_constraint(tmp_path):
 
 
 def test_rate_falls_where_kid_stops_improving(tmp_path, monkeypatch):
-    """After 10 evaluations without a test, 3 failures of it: 0.8 on both players, kept by a checkpoint."""
+    """Those of steps 0 to 9 are not tested, 10 to 12 fail: 0.8 for both players, kept by a checkpoint."""
     tests = []
     monkeypatch.setattr(S, "three_sample_test", lambda *_: (tests.append(1), (0.0, 0.5))[1])
     features = lambda images: (images.flatten(1).float() / 255, images.flatten(1)[:, :9].float() / 255)  # noqa: E731
     monkeypatch.setattr(evaluation, "load_inception", lambda path, device: (features, "00000000"))
     options = ["--lr-schedule", "kid", "--n-critic", "1", "--warmup-critic", "1"]
     options += ["--eval-features", "inception", "--data-dir", str(tmp_path / "data")]
-    smoke(tmp_path / "runs", *options, "--total-steps", "12", "--eval-every", "1")
+    options += ["--critic-learning-rate", "2e-3"]
+    smoke(tmp_path / "runs", *options, "--total-steps", "11", "--eval-every", "1")
     (folder,) = (tmp_path / "runs").iterdir()
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert (len(tests), state["lr_schedule"]["failures"]) == (2, 2)
     rates = lambda state: [state[name]["param_groups"][0]["lr"] for name in ("g_optimizer", "c_optimizer")]  # noqa: E731
-    assert rates(state) == [1e-3, 1e-3]
+    assert rates(state) == [1e-3, 2e-3]
     with pytest.raises(run.BadInput, match="--eval-samples 12"):
         S.train(run.parse(S.Args, ["--resume", str(folder), "--eval-samples", "12"]))
-    S.train(run.parse(S.Args, ["--resume", str(folder), "--total-steps", "13"]))
+    S.train(run.parse(S.Args, ["--resume", str(folder), "--total-steps", "12"]))
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert rates(state) == pytest.approx([8e-4, 8e-4])
+    assert rates(state) == pytest.approx([8e-4, 1.6e-3])
     assert len(state["lr_schedule"]["memory"]) == 3
+
+
+def test_rates_fall_to_a_floor_and_keep_their_ratio():
+    """0.8 at a time from 1.8e-6: 1.44e-6, 1.152e-6, then the floor; the critic's is a tenth all the way."""
+    weight = nn.Parameter(torch.zeros(1))
+    g_optimizer, c_optimizer = torch.optim.Adam([weight], 1.8e-6), torch.optim.Adam([weight], 1.8e-7)
+    found = []
+    for _ in range(4):
+        S.lower_rates(g_optimizer, c_optimizer, 0.8)
+        found.append([optimizer.param_groups[0]["lr"] for optimizer in (g_optimizer, c_optimizer)])
+    expected = [1.44e-6, 1.44e-7, 1.152e-6, 1.152e-7, 1e-6, 1e-7, 1e-6, 1e-7]
+    assert [rate for pair in found for rate in pair] == pytest.approx(expected)
+
+
+def test_the_evaluation_of_step_0_is_the_first_that_is_remembered(tmp_path, monkeypatch):
+    """Also by a run that was stopped before it: its checkpoint of step 0 remembers none."""
+    noted = []
+    step = S.KidSchedule.step
+    monkeypatch.setattr(S.KidSchedule, "step", lambda self, sums: (noted.append(sums), step(self, sums))[1])
+    options = ["--lr-schedule", "kid", "--n-critic", "1", "--warmup-critic", "1", "--total-steps", "3"]
+    save = run.save_checkpoint
+    monkeypatch.setattr(run, "save_checkpoint", lambda *given: save(*given) if given[3] == 0 else None)
+    smoke(tmp_path, *options, "--eval-every", "2")
+    assert len(noted) == 2  # steps 0 and 2; that of the last step is no multiple of 2
+    assert not torch.equal(noted[0]["value"], noted[1]["value"])
+    (folder,) = tmp_path.iterdir()
+    assert torch.load(folder / "checkpoint.pt")["lr_schedule"]["memory"] == []
+    monkeypatch.setattr(run, "save_checkpoint", save)
+    S.train(run.parse(S.Args, ["--resume", str(folder)]))
+    state = torch.load(folder / "checkpoint.pt")
+    for sums, again, kept in zip(noted[:2], noted[2:], state["lr_schedule"]["memory"], strict=True):
+        assert torch.equal(sums["by_real"], again["by_real"])
+        assert torch.equal(sums["by_real"], kept["by_real"])
 
 
 def test_rate_on_pixels_is_decided_by_the_noise(tmp_path, monkeypatch):
     """The authors' floor of the variance would hide what the KID of pixels says."""
     floors = []
     monkeypatch.setattr(S, "three_sample_test", lambda *a: (floors.append(a[2]), (0.0, 0.0))[1])
-    options = ["--lr-schedule", "kid", "--n-critic", "1", "--warmup-critic", "1", "--total-steps", "11"]
+    options = ["--lr-schedule", "kid", "--n-critic", "1", "--warmup-critic", "1", "--total-steps", "10"]
     smoke(tmp_path, *options, "--eval-every", "1")
     assert floors == [1e-12]

@@ -294,7 +294,7 @@ CASES = [
     ("smmd_gan", dict(feature_dim=2)),
     ("smmd_gan", dict(scale_form="poster", clip_norm=1e-4)),
     ("smmd_gan", dict(constraint="swgan")),
-    ("smmd_gan", dict(constraint="none", critic_norm="spectral", clip_norm=0.0, kernel="rq")),
+    ("smmd_gan", dict(constraint="none", critic_norm="pim", clip_norm=0.0, kernel="rq")),
     ("smmd_gan", dict(constraint="gradient-penalty", kernel="rbf", feature_dim=3)),
     ("mmd_gan", {}),
     ("mmd_gan", dict(lambda_ae=0.0, lambda_rank=2.0, kernel="rq")),
