@@ -411,11 +411,13 @@ def save_checkpoint(folder: Path, args, script: str, step: int, models: dict, ra
         raise Failed(f"{path} could not be written ({error}); it is still the last good state") from error
 
 
-def load_checkpoint(args, script: str, models: dict, evaluations_count: bool = False) -> int:
+def load_checkpoint(
+    args, script: str, models: dict, evaluations_count: bool = False, own: set[str] = frozenset()
+) -> int:
     """Put the checkpoint of --resume into models and return its step; without --resume return 0.
 
     Nothing in the file is executed. Another script's, or one of other arguments, is refused (BadInput); of
-    other evaluations, too, if evaluations_count in training.
+    other evaluations, too, if evaluations_count in training. own: the script's own arguments that may change.
     """
     if args.resume is None:
         return 0
@@ -427,7 +429,9 @@ def load_checkpoint(args, script: str, models: dict, evaluations_count: bool = F
         raise BadInput(f"--resume: {path} is missing, damaged or no checkpoint ({error!r:.90})") from error
     require(saved_script == script, "--resume", args.resume, f"a run of {script}.py, not {saved_script}.py")
     saved = {"train_split": args.train_split} | saved  # which parse has asked for where a run has none
-    may_change = MAY_CHANGE - EVAL_ARGS if evaluations_count and not args.eval_only else MAY_CHANGE
+    may_change = MAY_CHANGE | own
+    if evaluations_count and not args.eval_only:
+        may_change = may_change - EVAL_ARGS
     changed = [
         f"--{key.replace('_', '-')} {value} (was {saved.get(key)})"
         for key, value in dataclasses.asdict(args).items()
