@@ -49,10 +49,8 @@ Usage:
 # --- imports ---------------------------------------------------------------------------------------
 
 import copy
-import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -296,16 +294,19 @@ def log_likelihoods(x: Tensor, samples: Tensor, sigmas: tuple[float, ...]) -> Te
     return torch.cat(found, 1)
 
 
-def parzen(draw: Callable[[int], Tensor], held_out: Tensor, test: Tensor) -> dict[str, float]:
-    """Return the mean log-likelihood of test images with its standard error, as [C].
+def parzen(held_out: Tensor, test: Tensor, sample) -> dict[str, float]:
+    """Return the mean log-likelihood of the test images with its standard error, as [C].
 
     The width of the windows is that of PARZEN_SIGMAS at which the held-out images are likeliest.
 
-    draw: draw(0) and draw(1) are two sets of samples (m, d); held_out, test: images (n, d), in [0, 1].
+    held_out, test: images (n, c, h, w) uint8. sample(1000, i) is chunk i of samples, in [0, 1].
     """
-    means = log_likelihoods(held_out, draw(0), PARZEN_SIGMAS).mean(1)
+    chunks = PARZEN_SAMPLES // 1000
+    samples = torch.cat([sample(1000, i).flatten(1) for i in range(chunks)])
+    means = log_likelihoods(held_out.flatten(1).double() / 255, samples, PARZEN_SIGMAS).mean(1)
     sigma = PARZEN_SIGMAS[means.argmax()]
-    values = log_likelihoods(test, draw(1), (sigma,))[0]
+    samples = torch.cat([sample(1000, chunks + i).flatten(1) for i in range(chunks)])  # [C] draws anew
+    values = log_likelihoods(test.flatten(1).double() / 255, samples, (sigma,))[0]
     error = values.std(correction=0) / len(values) ** 0.5
     return {
         "parzen": values.mean().item(),
@@ -345,7 +346,7 @@ class Momentum(torch.optim.Optimizer):
     here the velocity runs down; and with momentum 0 it keeps none.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], learning_rate: float, momentum: float) -> None:
+    def __init__(self, params: list[nn.Parameter], learning_rate: float, momentum: float) -> None:
         super().__init__(params, {"lr": learning_rate, "momentum": momentum})
 
     @torch.no_grad()
@@ -360,6 +361,23 @@ class Momentum(torch.optim.Optimizer):
                 velocity = self.state[weights]["velocity"]
                 velocity.mul_(group["momentum"]).sub_(weights.grad, alpha=group["lr"])
                 weights.add_(velocity)
+
+
+def make_optimizer(generator: Generator, args: Args) -> torch.optim.Optimizer:
+    """Return the generator's optimiser: [C]'s gradient descent, or Adam."""
+    if args.optimizer == "sgd":
+        return Momentum(list(generator.parameters()), args.learning_rate, args.momentum)
+    return torch.optim.Adam(generator.parameters(), args.learning_rate, (args.momentum, 0.999))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, step: int, args: Args) -> float:
+    """Set, and return, the learning rate of generator update step = 1, 2, ...; with SGD its momentum too."""
+    tenth = 0.1 if step >= args.drop_step else 1.0
+    group = optimizer.param_groups[0]
+    group["lr"] = tenth * args.learning_rate
+    if args.optimizer == "sgd":
+        group["momentum"] = 1 - tenth * (1 - args.momentum)
+    return group["lr"]
 
 
 def part_of_training(update: int, ae_steps: int) -> tuple[int, int]:
@@ -448,8 +466,13 @@ def update_autoencoder(
 def hold_out(data: datasets.Images) -> tuple[datasets.Images, Tensor]:
     """Return data without the images that [C] holds out, and those, (HELD_OUT, c, h, w) uint8."""
     order = torch.from_numpy(np.random.RandomState(0).permutation(len(data.images))).to(data.images.device)
-    held_out = data.images[order[:HELD_OUT]]
-    return dataclasses.replace(data, images=data.images[order[HELD_OUT:]]), held_out
+    rest = copy.copy(data)
+    rest.images = data.images[order[HELD_OUT:]]
+    most = len(rest.images)
+    run.require(
+        data.batch_size <= most, "--batch-size", data.batch_size, f"at most {most}: {HELD_OUT} are held out"
+    )
+    return rest, data.images[order[:HELD_OUT]]
 
 
 def train(args: Args) -> dict[str, float]:
@@ -471,15 +494,12 @@ def train(args: Args) -> dict[str, float]:
     torch.manual_seed(args.seed)
     code_shape = (args.feature_dim,) if args.autoencoder else data.shape
     generator = Generator(code_shape, args.latent_dim, args.width, args.dataset in datasets.TOYS).to(device)
-    if args.optimizer == "sgd":
-        g_optimizer = Momentum(generator.parameters(), args.learning_rate, args.momentum)
-    else:
-        g_optimizer = torch.optim.Adam(generator.parameters(), args.learning_rate, (args.momentum, 0.999))
+    g_optimizer = make_optimizer(generator, args)
     models = {"generator": generator, "g_optimizer": g_optimizer}
     if args.autoencoder:
         autoencoder = Autoencoder(data.shape, args.feature_dim, args.width).to(device)
         best = copy.deepcopy(autoencoder)
-        ae_optimizer = Momentum(autoencoder.parameters(), AE_RATE, 0.0)
+        ae_optimizer = Momentum(list(autoencoder.parameters()), AE_RATE, 0.0)
         models |= {"autoencoder": autoencoder, "best_autoencoder": best, "ae_optimizer": ae_optimizer}
     if args.ema_decay:
         models["ema"] = copy.deepcopy(generator)
@@ -511,16 +531,10 @@ def train(args: Args) -> dict[str, float]:
             fake = run.for_sampling(model, args.sample_bn)(draw_noise(n, args, device)).float()
             return autoencoder.decode(fake) if args.autoencoder else fake
 
-    def draw_windows(which: int) -> Tensor:
-        """Return set 0 or 1 of Parzen windows, (PARZEN_SAMPLES, d)."""
-        chunks = PARZEN_SAMPLES // 1000
-        return torch.cat([sample(1000, which * chunks + i).flatten(1) for i in range(chunks)])
-
     def evaluate() -> None:
         metrics.update(evaluator.metrics(sample))
         if args.parzen:
-            images = [split.flatten(1).double() / 255 for split in (held_out, test)]
-            metrics.update(evaluation.from_first(lambda: parzen(draw_windows, *images)))
+            metrics.update(evaluation.from_first(lambda: parzen(held_out, test, sample)))
         run.save_results(folder, writer, args, step, metrics, evaluator.protocol, rank)
 
     def picture() -> None:
@@ -568,10 +582,7 @@ def train(args: Args) -> dict[str, float]:
             fake_feat = generator(noise).flatten(1)
         real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
         g_loss = generator_loss(real_feat, fake_feat, args.kernel, args.bandwidths)
-        late = 0.1 if step >= args.drop_step else 1.0
-        g_optimizer.param_groups[0]["lr"] = late * args.learning_rate
-        if args.optimizer == "sgd":
-            g_optimizer.param_groups[0]["momentum"] = 1 - late * (1 - args.momentum)
+        rate = set_rate(g_optimizer, step, args)
         g_optimizer.zero_grad()
         g_loss.backward(inputs=list(generator.parameters()))
         kernels.average_gradients(generator)
@@ -585,7 +596,7 @@ def train(args: Args) -> dict[str, float]:
             finite.check()
             with torch.no_grad():
                 k_xx, k_xy, k_yy = kernels.gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
-            scalars = {"losses/generator": g_loss, "charts/learning_rate": late * args.learning_rate}
+            scalars = {"losses/generator": g_loss, "charts/learning_rate": rate}
             scalars |= {"kernel/k_xx": k_xx.mean(), "kernel/k_xy": k_xy.mean(), "kernel/k_yy": k_yy.mean()}
             scalars |= {"charts/steps_per_second": (step - begin_step) / (time.time() - begin)}
             for tag, value in scalars.items():

@@ -261,22 +261,29 @@ def test_log_likelihoods_of_what_is_far_away_are_finite_and_right():
     assert found.flatten().tolist() == pytest.approx([expected] * 2, rel=1e-6)
 
 
-def test_parzen_chooses_the_width_on_the_held_out_images_and_scores_the_others():
+def test_parzen_chooses_the_width_on_the_held_out_images_and_scores_the_others(monkeypatch):
     from scipy.stats import norm
 
     rng = np.random.RandomState(1)
-    windows, held_out, test = rng.rand(2, 40, 5), rng.rand(30, 5), rng.rand(20, 5) + 0.3
+    held_out, test = rng.randint(256, size=(30, 5)), rng.randint(100, 256, size=(20, 5))
+    windows = rng.rand(4, 20, 5)  # chunks, of which the first two are for the choice
+    monkeypatch.setattr(script, "PARZEN_SAMPLES", 2000)
 
     def scores(x, centres, sigma):  # a double loop
-        return [np.log(np.mean([norm.pdf(row, y, sigma).prod() for y in centres])) for row in x]
+        return [np.log(np.mean([norm.pdf(row / 255, y, sigma).prod() for y in centres])) for row in x]
 
     sigmas = [0.1 + 0.01 * i for i in range(20)]
-    means = [np.mean(scores(held_out, windows[0], sigma)) for sigma in sigmas]
+    means = [np.mean(scores(held_out, windows[:2].reshape(40, 5), sigma)) for sigma in sigmas]
     best = int(np.argmax(means))
     assert 0 < best < 19
-    wanted = scores(test, windows[1], sigmas[best])
-    found = script.parzen(lambda i: torch.from_numpy(windows[i]), *map(torch.from_numpy, (held_out, test)))
-    assert found == {
+    wanted = scores(test, windows[2:].reshape(40, 5), sigmas[best])
+
+    def sample(n, i):
+        assert n == 1000
+        return torch.from_numpy(windows[i]).view(20, 1, 1, 5)
+
+    images = (torch.from_numpy(x).view(-1, 1, 1, 5).to(torch.uint8) for x in (held_out, test))
+    assert script.parzen(*images, sample) == {
         "parzen": pytest.approx(np.mean(wanted), rel=1e-9),
         "parzen_se": pytest.approx(np.std(wanted) / 20**0.5, rel=1e-9),
         "parzen_sigma": pytest.approx(sigmas[best]),

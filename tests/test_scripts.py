@@ -112,8 +112,8 @@ FLOORS = {
     ("mmd_gan_repulsive", "mmd_gan"): 72,
     ("mmd_gan_repulsive", "gamn"): 74,
     ("mmd_gan_repulsive", "smmd_gan"): 69,
-    ("gmmn", "mmd_gan_repulsive"): 67,
-    ("gmmn", "mmd_gan"): 62,
+    ("gmmn", "mmd_gan_repulsive"): 66,
+    ("gmmn", "mmd_gan"): 61,
 }
 
 
