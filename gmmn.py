@@ -272,7 +272,24 @@ def autoencoder_loss(autoencoder: Autoencoder, x: Tensor, dropout: str = "mask")
     return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
 
 
-# --- Parzen windows --------------------------------------------------------------------------------
+# --- sampling --------------------------------------------------------------------------------------
+
+
+def draw_noise(n: int, args: Args, device: torch.device) -> Tensor:
+    """Return z (n, latent_dim) ~ N(0, I) on toys, ~ U(-1, 1) for images."""
+    if args.dataset in datasets.TOYS:
+        return torch.randn(n, args.latent_dim, device=device)
+    return torch.rand(n, args.latent_dim, device=device) * 2 - 1
+
+
+def draw_picture(path: Path, fake: Tensor, data: datasets.Batches) -> None:
+    """Write a grid of generated images, or a scatter plot of real and generated points, as PNG."""
+    if fake.ndim == 4:
+        images = datasets.to_uint8(fake[:64], VALUE_RANGE).float() / 255
+        images = F.interpolate(images, scale_factor=max(1, 64 // images.shape[-1]))  # small ones enlarged
+        torchvision.utils.save_image(images, path)
+    else:
+        evaluation.draw_points(path, fake, data.name)
 
 
 def log_likelihoods(x: Tensor, samples: Tensor, sigmas: tuple[float, ...]) -> Tensor:
@@ -314,26 +331,6 @@ def parzen(held_out: Tensor, test: Tensor, sample) -> dict[str, float]:
         "parzen_sigma": sigma,
         "parzen_held_out": means.max().item(),
     }
-
-
-# --- sampling --------------------------------------------------------------------------------------
-
-
-def draw_noise(n: int, args: Args, device: torch.device) -> Tensor:
-    """Return z (n, latent_dim) ~ N(0, I) on toys, ~ U(-1, 1) for images."""
-    if args.dataset in datasets.TOYS:
-        return torch.randn(n, args.latent_dim, device=device)
-    return torch.rand(n, args.latent_dim, device=device) * 2 - 1
-
-
-def draw_picture(path: Path, fake: Tensor, data: datasets.Batches) -> None:
-    """Write a grid of generated images, or a scatter plot of real and generated points, as PNG."""
-    if fake.ndim == 4:
-        images = datasets.to_uint8(fake[:64], VALUE_RANGE).float() / 255
-        images = F.interpolate(images, scale_factor=max(1, 64 // images.shape[-1]))  # small ones enlarged
-        torchvision.utils.save_image(images, path)
-    else:
-        evaluation.draw_points(path, fake, data.name)
 
 
 # --- training --------------------------------------------------------------------------------------
