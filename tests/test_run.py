@@ -43,7 +43,8 @@ def test_training_split_decides_the_images_and_is_recorded(tmp_path, monkeypatch
     asked = []
     images = torch.randint(256, (40, 1, 8, 8), dtype=torch.uint8)
     monkeypatch.setattr(datasets, "load_images", lambda *args: asked.append(args[-1]) or images)
-    options = ["--dataset", "mnist", "--train-split", "all", "--eval-split", "test", "--image-size", "8"]
+    options = ["--dataset", "cifar10", "--train-split", "all", "--eval-split", "test", "--image-size", "8"]
+    options += ["--eval-features", "pixels"]
     folder = train("gmmn", *options, "--total-steps", "1", "--eval-every", "1", runs=tmp_path)
     assert asked == ["all", "test"]
     assert json.loads((folder / "args.json").read_text())["train_split"] == "all"
