@@ -325,12 +325,9 @@ def losses(real_feat: Tensor, fake_feat: Tensor, args: Args) -> tuple[Tensor, Te
         c_loss = -ratio.mean()  # Deviation 1
     if args.as_coded is not None:
         g_loss = kernels.safe_sqrt(mmd2)  # Deviations 1 and 2
-    logged = {f"kernel/k_{pair}": k.mean() for pair, k in zip(("xx", "xy", "yy"), gram)}
-    return (
-        c_loss,
-        g_loss,
-        logged | {"losses/pearson_divergence": pearson_divergence(ratio), "losses/mmd2": mmd2},
-    )
+    logged = kernels.block_means(*gram, at_zero=0.0)
+    logged |= {"losses/pearson_divergence": pearson_divergence(ratio), "losses/mmd2": mmd2}
+    return c_loss, g_loss, logged
 
 
 # How far the ratio can be trusted: logged, and part of no loss.

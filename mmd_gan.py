@@ -380,7 +380,7 @@ def train(args: Args) -> dict[str, float]:
                 pairs = ((real, real_feat), (fake, fake_feat)) if args.lambda_ae else ()
                 ae_loss = sum(reconstruction(decoder, x, feat) for x, feat in pairs)
             real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
-            k_xx, k_xy, k_yy = kernels.gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
+            k_xx, k_xy, k_yy = kernels.shifted_gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
             mmd = kernels.sqrt_mmd(k_xx, k_xy, k_yy)
             hinge = rank_hinge(real_feat, fake_feat)
             c_loss = critic_loss(mmd, hinge, ae_loss, args.lambda_rank, args.lambda_ae)
@@ -399,7 +399,7 @@ def train(args: Args) -> dict[str, float]:
                 real_feat = critic(real)
             fake_feat = critic(fake)
         real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
-        k_xx, k_xy, k_yy = kernels.gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
+        k_xx, k_xy, k_yy = kernels.shifted_gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
         mmd = kernels.sqrt_mmd(k_xx, k_xy, k_yy)
         hinge = rank_hinge(real_feat, fake_feat)
         g_loss = generator_loss(mmd, hinge, args.lambda_rank)
@@ -416,7 +416,8 @@ def train(args: Args) -> dict[str, float]:
             finite.check()
             scalars = {"losses/critic": c_loss, "losses/generator": g_loss}
             scalars |= {"losses/mmd": mmd, "losses/rank_hinge": hinge, "losses/autoencoder": ae_loss}
-            scalars |= {"kernel/k_xx": k_xx.mean(), "kernel/k_xy": k_xy.mean(), "kernel/k_yy": k_yy.mean()}
+            at_zero = kernels.value_at_zero(args.kernel, args.bandwidths)
+            scalars |= kernels.block_means(k_xx, k_xy, k_yy, at_zero)
             scalars |= {"charts/steps_per_second": (step - begin_step) / (time.time() - begin)}
             for tag, value in scalars.items():
                 writer.add_scalar(tag, value, step)

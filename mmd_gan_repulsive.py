@@ -327,7 +327,7 @@ def critic_loss(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor, lam: float) -> Tensor:
     mean_xx = kernels.off_diagonal_mean(k_xx)
     mean_xy = kernels.off_diagonal_mean(k_xy)
     mean_yy = kernels.off_diagonal_mean(k_yy)
-    return lam * mean_xx - (lam - 1) * mean_xy - mean_yy
+    return (lam * mean_xx - (lam - 1) * mean_xy - mean_yy).to(k_xx.dtype)
 
 
 def penalised(c_loss: Tensor, real_feat: Tensor, real: Tensor, lambda_gp: float) -> Tensor:
@@ -350,14 +350,14 @@ def losses(real_feat: Tensor, fake_feat: Tensor, args: Args) -> tuple[Tensor, Te
         return F.relu(1 - real_feat).mean() + F.relu(1 + fake_feat).mean(), -fake_feat.mean(), {}
     if args.loss == "non-saturating":
         return F.softplus(-real_feat).mean() + F.softplus(fake_feat).mean(), F.softplus(-fake_feat).mean(), {}
-    kernel = kernels.RADIAL[args.kernel.removesuffix("-b")]
+    kernel = args.kernel.removesuffix("-b")
     d2 = kernels.squared_distance_blocks(real_feat, fake_feat)
-    k_xx, k_xy, k_yy = [kernel(block, args.bandwidths) for block in d2]
+    k_xx, k_xy, k_yy = [kernels.shifted(block, kernel, args.bandwidths) for block in d2]
     g_loss = generator_loss(k_xx, k_xy, k_yy)
-    logged = {"kernel/k_xx": kernels.off_diagonal_mean(k_xx), "kernel/k_xy": kernels.off_diagonal_mean(k_xy)}
-    logged["kernel/k_yy"] = kernels.off_diagonal_mean(k_yy)
+    logged = kernels.block_means(k_xx, k_xy, k_yy, kernels.value_at_zero(kernel, args.bandwidths))
     if args.kernel == "rbf-b":  # the critic's kernel alone: the generator keeps a true MMD
-        k_xx, k_xy, k_yy = [kernel(block, args.bandwidths) for block in bounded(*d2, args.lam)]
+        bounds = bounded(*d2, args.lam)
+        k_xx, k_xy, k_yy = [kernels.shifted(block, kernel, args.bandwidths) for block in bounds]
     return critic_loss(k_xx, k_xy, k_yy, args.lam), g_loss, logged
 
 

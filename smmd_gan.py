@@ -471,10 +471,10 @@ def kernel_energy(feat2: Tensor, norm2: Tensor, kernel: str, bandwidths: tuple[f
 
 
 def squared_mmd(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor, args: Args) -> Tensor:
-    """Return the unbiased estimate of MMD^2, which may be negative, for Gram matrices (n, n)."""
+    """Return the unbiased estimate of MMD^2, which may be negative, for Gram matrices (n, n) less k(0)."""
     mmd2 = kernels.mmd2(k_xx, k_xy, k_yy, "unbiased")  # Deviation 2, of the kernel distance
     if args.as_coded and args.kernel == "rq-linear":  # Deviation 4
-        left = (k_xx.trace() + k_yy.trace()) / len(k_xx) - 2 * len(args.bandwidths)
+        left = (k_xx.trace() + k_yy.trace()) / len(k_xx)  # ||phi||^2: the constant is k(0), which is off
         mmd2 = mmd2 + left / (len(k_xx) - 1)
     return mmd2
 
@@ -747,7 +747,7 @@ def train(args: Args) -> dict[str, float]:
                     m_feat = critic(m)[-1].float()
             scale = distance_scale(real_feat.float(), real, args, create_graph=True)
             real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
-            k_xx, k_xy, k_yy = kernels.gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
+            k_xx, k_xy, k_yy = kernels.shifted_gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
             distance = critic_distance(real_feat, fake_feat, k_xx, k_xy, k_yy, args)
             c_loss = critic_loss(distance, scale)
             if penalised:
@@ -769,7 +769,7 @@ def train(args: Args) -> dict[str, float]:
         # The scale depends on the critic and the real images alone: a constant to the generator.
         scale = distance_scale(real_feat.float(), real, args, create_graph=False)
         real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
-        k_xx, k_xy, k_yy = kernels.gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
+        k_xx, k_xy, k_yy = kernels.shifted_gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
         distance = critic_distance(real_feat, fake_feat, k_xx, k_xy, k_yy, args)
         g_loss = generator_loss(distance, scale)
         g_optimizer.zero_grad()
@@ -787,7 +787,8 @@ def train(args: Args) -> dict[str, float]:
             scalars = {"losses/critic": c_loss, "losses/generator": g_loss}
             rate = g_optimizer.param_groups[0]["lr"]
             scalars |= {"losses/distance": distance, "losses/scale": scale, "charts/learning_rate": rate}
-            scalars |= {"kernel/k_xx": k_xx.mean(), "kernel/k_xy": k_xy.mean(), "kernel/k_yy": k_yy.mean()}
+            at_zero = kernels.value_at_zero(args.kernel, args.bandwidths)
+            scalars |= kernels.block_means(k_xx, k_xy, k_yy, at_zero)
             scalars |= condition_numbers(critic) if args.log_condition_numbers else {}
             scalars |= {"charts/steps_per_second": (step - begin_step) / (time.time() - begin)}
             for tag, value in scalars.items():

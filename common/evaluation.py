@@ -388,7 +388,7 @@ def common_mmd2(real: Tensor, fake: Tensor, scale: Tensor) -> float:
     """
     median = F.pdist(scale).square().median()
     bandwidths = tuple(median.sqrt().item() * factor for factor in (1 / 8, 1 / 4, 1 / 2, 1, 2))
-    return kernels.mmd2(*kernels.gram_blocks(real, fake, "rbf", bandwidths), "unbiased").item()
+    return kernels.mmd2(*kernels.shifted_gram_blocks(real, fake, "rbf", bandwidths), "unbiased").item()
 
 
 def toy_metrics(name: str, fake: Tensor) -> dict[str, float]:

@@ -4,8 +4,8 @@ Everywhere x = real and y = fake: k_xx is real-real, k_xy real-fake, k_yy fake-f
 a sum over its bandwidths, never a mean. Half types are promoted to float32, float64 is kept.
 """
 
-import functools
 import math
+from collections.abc import Callable
 from itertools import combinations_with_replacement
 
 import torch
@@ -96,14 +96,9 @@ def rbf(d2: Tensor, bandwidths: tuple[float, ...]) -> Tensor:
     return sum(_exp(d2 * (-0.5 / s**2)) for s in bandwidths)
 
 
-def _exp(exponent: Tensor) -> Tensor:
-    """Return exp(max(exponent, -60)): of less, a CPU is a hundred times slower in exp and in products."""
-    return exponent.clamp_min(-60).exp()
-
-
 def rational_quadratic(d2: Tensor, bandwidths: tuple[float, ...]) -> Tensor:
     """Return sum_a (1 + d2 / (2 a))^(-a) over the bandwidths a > 0 (Binkowski et al. 2018)."""
-    return sum(torch.exp(-a * torch.log1p(d2 * (0.5 / a))) for a in bandwidths)
+    return sum(_exp(-a * torch.log1p(d2 * (0.5 / a))) for a in bandwidths)
 
 
 def laplacian(d2: Tensor, bandwidths: tuple[float, ...]) -> Tensor:
@@ -127,6 +122,11 @@ def safe_sqrt(d2: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, d2, 1.0).sqrt(), 0.0)
 
 
+def _exp(exponent: Tensor) -> Tensor:
+    """Return exp(max(exponent, -60)): of less, a CPU is a hundred times slower in exp and in products."""
+    return exponent.clamp_min(-60).exp()
+
+
 RADIAL = {  # in a copy of your own: kernels.RADIAL["mine"] = mine, and "mine" in your script's --kernel
     "rbf": rbf,
     "rq": rational_quadratic,
@@ -134,6 +134,60 @@ RADIAL = {  # in a copy of your own: kernels.RADIAL["mine"] = mine, and "mine" i
     "laplacian": laplacian,
     "distance": distance,
 }
+
+
+# --- the same kernels less their value at distance 0 -----------------------------------------------
+#
+# A constant cancels in every MMD^2. Where features are close together all values of k are nearly k(0), and
+# in float32 their differences, of which MMD^2 is made, would be rounding; those of k - k(0) are not.
+
+
+def rbf_shifted(d2: Tensor, bandwidths: tuple[float, ...]) -> Tensor:
+    """Return rbf(d2) - rbf(0), without the rounding of that difference."""
+    return sum(_exp_minus_1(d2 * (-0.5 / s**2)) for s in bandwidths)
+
+
+def rational_quadratic_shifted(d2: Tensor, bandwidths: tuple[float, ...]) -> Tensor:
+    """Return rational_quadratic(d2) - rational_quadratic(0), without the rounding of that difference."""
+    return sum(_exp_minus_1(-a * torch.log1p(d2 * (0.5 / a))) for a in bandwidths)
+
+
+def laplacian_shifted(d2: Tensor, bandwidths: tuple[float, ...]) -> Tensor:
+    """Return laplacian(d2) - laplacian(0), without the rounding of that difference."""
+    d = safe_sqrt(d2)
+    return sum(_exp_minus_1(d * (-1 / s)) for s in bandwidths)
+
+
+def _exp_minus_1(exponent: Tensor) -> Tensor:
+    """Return exp(exponent) - 1 for exponents <= 0: its value is exact near 0, its derivative everywhere."""
+    near = exponent.clamp_min(-1).expm1()
+    far = _exp(exponent) - 1  # PyTorch's derivative of expm1 is its value + 1: rounding, where exp is tiny
+    return torch.where(exponent > -1, near, far)
+
+
+SHIFTED = {
+    "rbf": rbf_shifted,
+    "rq": rational_quadratic_shifted,
+    "rq-linear": rational_quadratic_shifted,
+    "laplacian": laplacian_shifted,
+}
+
+
+def value_at_zero(kernel: str, bandwidths: tuple[float, ...]) -> float:
+    """Return k(0) of a kernel's radial part, which shifted_gram_blocks takes off; 0 where there is none."""
+    if kernel == "linear":
+        return 0.0
+    return float(RADIAL[kernel](torch.zeros((), dtype=torch.float64), bandwidths))
+
+
+def shifted(d2: Tensor, kernel: str, bandwidths: tuple[float, ...]) -> Tensor:
+    """Return k(d2) - k(0) of a kernel in RADIAL, of the shape of d2."""
+    if kernel in SHIFTED:
+        return SHIFTED[kernel](d2, bandwidths)
+    return RADIAL[kernel](d2, bandwidths) - value_at_zero(kernel, bandwidths)
+
+
+# --- Gram matrices -------------------------------------------------------------------------------
 
 
 def gram_blocks(x: Tensor, y: Tensor, kernel: str, bandwidths: tuple) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,44 +198,73 @@ def gram_blocks(x: Tensor, y: Tensor, kernel: str, bandwidths: tuple) -> tuple[T
             linear, <a, b> alone.
         bandwidths: sigma of rbf and laplacian, alpha of rq; not read by distance and linear.
     """
+    return _blocks(x, y, kernel, lambda d2: RADIAL[kernel](d2, bandwidths))
+
+
+def shifted_gram_blocks(
+    x: Tensor, y: Tensor, kernel: str, bandwidths: tuple
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gram_blocks less value_at_zero, without the rounding of that: what an MMD^2 is made of."""
+    return _blocks(x, y, kernel, lambda d2: shifted(d2, kernel, bandwidths))
+
+
+def _blocks(x: Tensor, y: Tensor, kernel: str, radial: Callable) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the blocks of radial(d2), of <a, b>, or of their sum, as the kernel's name says."""
     x, y = at_least_float32(x), at_least_float32(y)
-    blocks = [0, 0, 0]
+    blocks = (0, 0, 0)
     if kernel != "linear":
-        blocks = [RADIAL[kernel](d2, bandwidths) for d2 in squared_distance_blocks(x, y)]
+        blocks = [radial(d2) for d2 in squared_distance_blocks(x, y)]
     if kernel in ("linear", "rq-linear"):
         with torch.autocast(x.device.type, enabled=False):
-            blocks = [k + a @ b.T for k, (a, b) in zip(blocks, ((x, x), (x, y), (y, y)))]
+            products = x @ x.T, x @ y.T, y @ y.T
+        blocks = [k + product for k, product in zip(blocks, products)]
     return tuple(blocks)
+
+
+def block_means(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor, at_zero: float) -> dict[str, Tensor]:
+    """Return the curves of the means of k, those of k_xx and k_yy without their diagonals.
+
+    k_xx, k_xy, k_yy: as from shifted_gram_blocks. at_zero: value_at_zero of the same kernel, or 0 if they
+    are values of k.
+    """
+    return {
+        "kernel/k_xx": off_diagonal_mean(k_xx) + at_zero,
+        "kernel/k_xy": k_xy.mean() + at_zero,
+        "kernel/k_yy": off_diagonal_mean(k_yy) + at_zero,
+    }
 
 
 # --- estimators of MMD^2 -------------------------------------------------------------------------
 
 
 def off_diagonal_mean(k: Tensor) -> Tensor:
-    """Return the mean of a square matrix (n, n), n > 1 (else ValueError), without its diagonal."""
+    """Return the mean of a square matrix (n, n), n > 1 (else ValueError), without its diagonal; float64."""
     n = len(k)
     if k.shape != (n, n) or n < 2:
         raise ValueError(f"needs a square matrix of at least 2 x 2, got {tuple(k.shape)}")
-    return (k.sum() - k.diagonal().sum()) / (n * (n - 1))
+    return (k.sum(dtype=torch.float64) - k.diagonal().sum(dtype=torch.float64)) / (n * (n - 1))
 
 
 def mmd2(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor, estimator: str) -> Tensor:
     """Return an estimate of MMD^2 = E k(x, x') - 2 E k(x, y) + E k(y, y') (Gretton et al. 2012).
 
     Args:
-        k_xx, k_xy, k_yy: as from gram_blocks.
+        k_xx, k_xy, k_yy: as from gram_blocks or shifted_gram_blocks, which keeps more digits.
         estimator: "biased", diagonals kept, never negative but for rounding; "unbiased", diagonals of
             k_xx and k_yy dropped; "u-statistic", that of k_xy dropped too (Wang et al. 2019, Eq. S4),
             which asks for n = m. The last two have mean 0 and either sign when real and fake agree, and
             raise ValueError for fewer than 2 samples a side, as an unknown one does.
     """
     if estimator == "biased":
-        return k_xx.mean() - 2 * k_xy.mean() + k_yy.mean()
-    if estimator == "unbiased":
-        return off_diagonal_mean(k_xx) - 2 * k_xy.mean() + off_diagonal_mean(k_yy)
-    if estimator == "u-statistic":
-        return off_diagonal_mean(k_xx) - 2 * off_diagonal_mean(k_xy) + off_diagonal_mean(k_yy)
-    raise ValueError(f"unknown estimator {estimator!r}")
+        means = (k.mean(dtype=torch.float64) for k in (k_xx, k_xy, k_yy))
+    elif estimator == "unbiased":
+        means = off_diagonal_mean(k_xx), k_xy.mean(dtype=torch.float64), off_diagonal_mean(k_yy)
+    elif estimator == "u-statistic":
+        means = (off_diagonal_mean(k) for k in (k_xx, k_xy, k_yy))
+    else:
+        raise ValueError(f"unknown estimator {estimator!r}")
+    mean_xx, mean_xy, mean_yy = means  # in float64: of each, only a small part is left in what follows
+    return (mean_xx - 2 * mean_xy + mean_yy).to(k_xx.dtype)
 
 
 def sqrt_mmd(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor) -> Tensor:
@@ -194,17 +277,17 @@ def sqrt_mmd(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor) -> Tensor:
 
 # --- MMD^2 without Gram matrices -----------------------------------------------------------------
 
-SMALL, TILE = 128, 512  # points, real and fake, up to which there is one tile; rows of a tile beyond
+TILE = 512  # rows and columns of a tile on a CPU, whose cache holds it; four times as many fill a GPU
 
 
 def fused_mmd2(x: Tensor, y: Tensor, kernel: str, bandwidths: tuple[float, ...], estimator: str) -> Tensor:
-    """Return mmd2(*gram_blocks(x, y, kernel, bandwidths), estimator), with its gradient made on the way.
+    """Return mmd2(*shifted_gram_blocks(x, y, kernel, bandwidths), estimator), its gradient made on the way.
 
     For rbf and rq only a tile of the Gram matrix is ever held, and there is no second derivative
     (RuntimeError); other kernels take the plain way. Arguments and ValueError: as gram_blocks and mmd2.
     """
     if kernel not in ("rbf", "rq"):
-        return mmd2(*gram_blocks(x, y, kernel, bandwidths), estimator)
+        return mmd2(*shifted_gram_blocks(x, y, kernel, bandwidths), estimator)
     fewest = {"biased": 1, "unbiased": 2, "u-statistic": 2}.get(estimator, math.inf)
     if min(len(x), len(y)) < fewest or (estimator == "u-statistic" and len(x) != len(y)):
         raise ValueError(f"no {estimator!r} estimate can be made of {len(x)} and {len(y)} samples")
@@ -212,52 +295,57 @@ def fused_mmd2(x: Tensor, y: Tensor, kernel: str, bandwidths: tuple[float, ...],
 
 
 class _FusedMMD2(torch.autograd.Function):
-    """With z = [x; y], d2_ij = ||z_i - z_j||^2 and the estimator's weights w_ij = w_ji,
+    """With z = [x; y], K(d2) = k(d2) - k(0), and w_ij = w_ji the estimator's weight of the pair z_i, z_j,
 
-    MMD^2 = sum_ij w_ij K(d2_ij), so with h_ij = w_ij K'(d2_ij)
-    dMMD^2 / dz_i = 4 sum_j h_ij (z_i - z_j) = 4 (h 1)_i z_i - 4 (h z)_i: beside d2, one more product.
-    Of two tiles that mirror each other only one is visited.
+        MMD^2       = sum_ij w_ij K(d2_ij)
+        dMMD^2/dz_i = 4 sum_j h_ij (z_i - z_j) = 4 (h 1)_i z_i - 4 (h z)_i,   h_ij = w_ij K'(d2_ij)
+
+    K(0) = 0: a point's pair with itself adds nothing to either, whether an estimator counts it or not.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor, kernel: str, bandwidths: tuple, estimator: str) -> Tensor:
-        n, m, (need_x, need_y) = len(x), len(y), ctx.needs_input_grad[:2]
+        n, m = len(x), len(y)
         z = torch.cat([x, y])
         z -= z.mean(0)  # as in squared_distances
-        sq = (z * z).sum(1)
-        gap, paired = estimator != "biased", estimator == "u-statistic"
-        w_xx, w_xy, w_yy = blocks = 1 / (n * (n - gap)), -1 / (n * (m - paired)), 1 / (m * (m - gap))
-        # First that of points with themselves, which are at distance 0; then of all the others.
-        value = 0 if gap else len(bandwidths) * (1 / n + 1 / m)
-        hz, h1, whole = torch.zeros_like(z), torch.zeros_like(sq), n + m <= SMALL
-        size = n + m if whole else TILE if z.is_cpu else 4 * TILE  # what a cache holds; what fills a GPU
-        ends = [(0, n + m)] if whole else [(0, n), (n, n + m)]
-        rows = [slice(i, min(i + size, end)) for i, end in ends for i in range(i, end, size)]
-        for a, b in combinations_with_replacement(rows, 2):
-            d2 = (sq[a, None] + sq[b]).addmm_(z[a], z[b].T, alpha=-2)  # in place: autocast leaves it alone
-            if whole:
-                k, h = _kernel_and_derivative(d2, kernel, bandwidths, few=True)
-                weight, weights = 1, _weights(n, m, blocks, paired, z.dtype, z.device)
-                value = value + k.mul_(weights).sum()
-                h.mul_(weights)
-            else:
-                # The diagonal is of z_i and itself, or of x_i and y_i, which this estimator leaves out.
-                alone = a is b or (paired and b.start == a.start + n)
-                if alone:
-                    d2.fill_diagonal_(0)
-                k, h = _kernel_and_derivative(d2, kernel, bandwidths, few=False)
-                if alone:
-                    h.fill_diagonal_(0)  # z_i - z_i is 0, but not a difference of rounded multiples of it
-                weight = (w_xx if b.start < n else w_xy if a.start < n else w_yy) * (1 if a is b else 2)
-                value = value + (k - alone * len(d2) * len(bandwidths)) * weight
-            for i, j, h_ij in [(a, b, h), (b, a, h.T)][: 1 if a is b else 2]:
-                if (need_x and i.start < n) or (need_y and i.stop > n):
-                    factor, depth, hz_i = weight * (4 if a is b else 2), 24 if whole else 128, hz[i]
-                    h1[i].add_(h_ij.sum(1), alpha=factor)
-                    for part in zip(h_ij.split(depth, 1), z[j].split(depth)):  # short sums: close pairs have
-                        hz_i.addmm_(*part, alpha=-factor)  # large terms that must cancel
-        ctx.save_for_backward(x, y, hz.addcmul_(h1[:, None], z))
-        return value
+        norm2 = (z * z).sum(1)
+        paired = estimator == "u-statistic"
+        w_xx = 1 / (n * n) if estimator == "biased" else 1 / (n * (n - 1))
+        w_yy = 1 / (m * m) if estimator == "biased" else 1 / (m * (m - 1))
+        w_xy = -1 / (n * (m - 1)) if paired else -1 / (n * m)
+
+        size = TILE if z.is_cpu else 4 * TILE
+        x_tiles = [slice(i, min(i + size, n)) for i in range(0, n, size)]
+        y_tiles = [slice(i, min(i + size, n + m)) for i in range(n, n + m, size)]
+        need_x, need_y = ctx.needs_input_grad[:2]
+        wanted = x_tiles * need_x + y_tiles * need_y  # the rows whose gradient is asked for
+        value = z.new_zeros((), dtype=torch.float64)  # the difference of sums that are much larger
+        gradient = torch.zeros_like(z)
+
+        def add_to_gradient(i: slice, h: Tensor, j: slice, weight: float) -> None:
+            """Add 4 sum_j h_ij (z_i - z_j) to the gradient of rows i."""
+            if i in wanted:
+                gradient[i].addcmul_(h.sum(1)[:, None], z[i], value=4 * weight)
+                gradient[i].addmm_(h, z[j], alpha=-4 * weight)
+
+        for a, b in combinations_with_replacement(x_tiles + y_tiles, 2):  # h is symmetric: half of the tiles
+            d2 = norm2[a, None] + norm2[b]
+            d2.addmm_(z[a], z[b].T, alpha=-2)  # in place: autocast leaves it alone
+            within = a is b
+            # The diagonal is of z_i and itself, or of x_i and y_i, which the U-statistic leaves out.
+            left_out = within or (paired and b.start == a.start + n)
+            if left_out:
+                d2.fill_diagonal_(0)
+            k, h = _kernel_and_derivative(d2, kernel, bandwidths)
+            if left_out:
+                h.fill_diagonal_(0)
+            weight = w_yy if a.start >= n else w_xx if b.start < n else w_xy
+            value += k * (weight if within else 2 * weight)
+            add_to_gradient(a, h, b, weight)
+            if not within:
+                add_to_gradient(b, h.T, a, weight)
+        ctx.save_for_backward(x, y, gradient)
+        return value.to(z.dtype)
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
@@ -266,55 +354,34 @@ class _FusedMMD2(torch.autograd.Function):
 
 @once_differentiable  # looks at its arguments only: without x and y, a second derivative could be a silent 0
 def _scaled_gradient(ctx, upstream: Tensor, x: Tensor, y: Tensor, gradient: Tensor):
-    parts = (upstream * gradient).split([len(x), len(y)])
-    return *(part if need else None for part, need in zip(parts, ctx.needs_input_grad)), None, None, None
+    of_x, of_y = (upstream * gradient).split([len(x), len(y)])
+    need_x, need_y = ctx.needs_input_grad[:2]
+    return of_x if need_x else None, of_y if need_y else None, None, None, None
 
 
-def _kernel_and_derivative(d2: Tensor, kernel: str, bandwidths: tuple, few: bool) -> tuple[Tensor, Tensor]:
-    """Return K(d2) if there are few points, else its sum, and K'(d2)."""
-    rates = sorted((-0.5 / s ** (2 if kernel == "rbf" else 1) for s in bandwidths), reverse=True)
-    if few:  # few launches: every operation is on all bandwidths at once
-        rate = _constants(tuple(rates), d2.dtype, d2.device)
-        k, dk = _term(d2, kernel, rate)
-        return k.sum(0), dk.mul_(rate if kernel == "rbf" else -0.5).sum(0)
-    k, dk, k_s, base, done = 0, None, None, math.nan, 0
-    for rate in rates:
-        power = math.log2(rate / base)
-        if kernel == "rbf" and power < 4.5 and math.isclose(power, round(power), abs_tol=1e-9):
-            # exp(2 r d2) is the square of exp(r d2). Each squaring doubles the relative error: four at most.
-            torch.threshold_(k_s, 1e-38**0.5 ** (round(power) - done), 0)
-            while done < round(power):
-                k_s.square_()
-                done += 1
+def _kernel_and_derivative(d2: Tensor, kernel: str, bandwidths: tuple) -> tuple[Tensor, Tensor]:
+    """Return the sum of K(d2) = k(d2) - k(0) over a tile, and K'(d2), of the shape of d2."""
+    d2.clamp_min_(0)
+    total, derivative = 0, torch.zeros_like(d2)
+    if kernel == "rq":
+        for s in bandwidths:  # K = (1 + q)^(-s) - 1 with q = d2 / (2 s), and K' = -(K + 1) / (1 + q) / 2
+            q = d2 * (0.5 / s)
+            exponent = torch.log1p(q).mul_(-s)
+            total = total + exponent.expm1().sum(dtype=torch.float64)
+            derivative.addcdiv_(exponent.exp_(), q.add_(1), value=-0.5)
+        return total, derivative
+    k, k_rate = None, math.nan
+    for s in sorted(bandwidths, reverse=True):  # K = exp(rate d2) - 1, and K' = rate (K + 1)
+        rate = -0.5 / s**2
+        doublings = math.log2(rate / k_rate)
+        if doublings < 4.5 and math.isclose(
+            doublings, round(doublings), abs_tol=1e-9
+        ):  # no NaN, which is first
+            for _ in range(round(doublings)):
+                k.addcmul_(k, k + 1)  # exp(2 a) - 1 from k = exp(a) - 1, in a quarter of the time on a CPU
         else:
-            (k_s, dk_s), base, done = _term(d2, kernel, rate), rate, 0
-        scale = rate if kernel == "rbf" else -0.5
-        k = k + k_s.sum()
-        dk = dk_s * scale if dk is None else dk.add_(dk_s, alpha=scale)
-    return k, dk
-
-
-def _term(d2: Tensor, kernel: str, rate: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Return k = exp(rate d2), or (1 - rate d2)^(1 / (2 rate)), and dk/dd2 over rate, or over -1/2."""
-    if kernel == "rbf":  # 0 where float32 has no normal number: a CPU is a hundred times slower there
-        k = torch.threshold_((d2 * rate).clamp_(-87, 0).exp_(), 2e-38, 0)
-        return k, k
-    q = (d2 * -rate).clamp_min_(0)
-    k = torch.log1p(q).mul_(0.5 / rate).exp_()
-    return k, k / q.add_(1)
-
-
-@functools.cache
-def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return values (len, 1, 1), copied to the device once: a copy waits for all that is under way there."""
-    return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
-
-
-@functools.cache
-def _weights(n: int, m: int, blocks: tuple, paired: bool, dtype, device) -> Tensor:
-    """Return weights (n + m, n + m) of pairs by block; 0 for z_i, z_i, and if paired for x_i, y_i."""
-    weights = torch.full((n + m, n + m), blocks[1], dtype=dtype, device=device)
-    weights[:n, :n], weights[n:, n:] = blocks[0], blocks[2]
-    for offset in [0] + [n, -n] * paired:
-        weights.diagonal(offset).zero_()
-    return weights
+            k = torch.expm1(d2 * rate)
+        k_rate = rate
+        total = total + k.sum(dtype=torch.float64)
+        derivative.add_(k, alpha=rate).add_(rate)
+    return total, derivative

@@ -41,7 +41,8 @@ def test_losses_are_equations_2_and_5(lam):
     c_loss, g_loss, means = run_losses(x, y, lam=lam)
     assert c_loss.item() == pytest.approx(lam * xx - (lam - 1) * xy - yy, abs=1e-12)
     assert g_loss.item() == pytest.approx(xx - 2 * xy + yy, abs=1e-12)
-    assert [m.item() for m in means.values()] == pytest.approx([xx, xy, yy], abs=1e-12)
+    whole_xy = torch.exp(-(x[:, None] - y[None]).square().sum(2) / 2).mean().item()  # the curve has all pairs
+    assert [m.item() for m in means.values()] == pytest.approx([xx, whole_xy, yy], abs=1e-12)
 
 
 def test_rq_and_mixtures_are_sums():
@@ -96,9 +97,9 @@ def test_identities_between_the_losses():
     attractive, g_loss, means = run_losses(x, y, lam=-1)
     repulsive, _, _ = run_losses(x, y, lam=1)
     assert attractive.item() == pytest.approx(-g_loss.item(), abs=1e-14)
-    assert repulsive.item() == pytest.approx(
-        (g_loss + 2 * (means["kernel/k_xy"] - means["kernel/k_yy"])).item(), abs=1e-14
-    )
+    k_xx, k_yy = means["kernel/k_xx"], means["kernel/k_yy"]
+    k_xy = (k_xx + k_yy - g_loss) / 2  # without its diagonal, as in the losses
+    assert repulsive.item() == pytest.approx((g_loss + 2 * (k_xy - k_yy)).item(), abs=1e-14)
     for lam in (-1, 0.5, 2):
         assert run_losses(x, x, lam=lam)[0].item() == pytest.approx(0, abs=1e-14)
 
