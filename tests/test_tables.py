@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+import gmmn
 import gram_net
 import mmd_gan
 import mmd_gan_repulsive
@@ -140,7 +141,70 @@ def check_network(network, shape, table):
     assert seen == {id(p) for p in network.parameters()}, "a parameter that no operation has"
 
 
+class Reconstruction(torch.nn.Module):
+    """Images -> their reconstruction by an auto-encoder."""
+
+    def __init__(self, autoencoder):
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, x):
+        return self.autoencoder.decode(self.autoencoder.encode(x))
+
+
 NETWORKS = {}  # name: (function that makes it, shape of its input, table)
+
+# --- gmmn.py: [C:GMMN], normal laws of variance 1 / fan_in --------------------------------------------
+
+NETWORKS["gmmn generator, mnist"] = (
+    lambda: gmmn.Generator((1, 28, 28), 10, 1024, False),
+    (10,),
+    """
+    1149904 parameters
+    linear 10-64     | normal 0.316228, 0
+    relu
+    linear 64-256    | normal 0.125, 0
+    relu
+    linear 256-256   | normal 0.0625, 0
+    relu
+    linear 256-1024  | normal 0.0625, 0
+    relu
+    linear 1024-784  | normal 0.03125, 0
+    sigmoid
+    """,
+)
+NETWORKS["gmmn generator of codes, mnist"] = (
+    lambda: gmmn.Generator((32,), 10, 1024, False),
+    (10,),
+    """
+    379104 parameters
+    linear 10-64     | normal 0.316228, 0
+    relu
+    linear 64-256    | normal 0.125, 0
+    relu
+    linear 256-256   | normal 0.0625, 0
+    relu
+    linear 256-1024  | normal 0.0625, 0
+    relu
+    linear 1024-32   | normal 0.03125, 0
+    sigmoid
+    """,
+)
+NETWORKS["gmmn auto-encoder, mnist"] = (
+    lambda: Reconstruction(gmmn.Autoencoder((1, 28, 28), 32, 1024)),
+    (1, 28, 28),
+    """
+    1674032 parameters
+    linear 784-1024  | normal 0.035714, 0
+    sigmoid
+    linear 1024-32   | normal 0.03125, 0
+    sigmoid
+    linear 32-1024   | normal 0.176777, 0
+    sigmoid
+    linear 1024-784  | normal 0.03125, 0
+    sigmoid
+    """,
+)
 
 # --- mmd_gan.py: networks of [C:Li] ------------------------------------------------------------------
 
@@ -403,6 +467,27 @@ NETWORKS["mmd_gan_repulsive critic, celeba"] = (
 
 # --- smmd_gan.py: networks of [C:Arb] ----------------------------------------------------------------
 
+NETWORKS["smmd_gan generator, cifar10"] = (
+    lambda: smmd_gan.Generator((3, 32, 32), 128, 64),
+    (128,),
+    """
+    5361667 parameters
+    linear 128-8192                          | normal 0.01, 0
+    batch norm 512 eps 1e-05 momentum 0.1    | 1, 0
+    relu
+    deconv 512-256 5x5 stride 2 pad 2 out 1  | normal 0.02, 0
+    batch norm 256 eps 1e-05 momentum 0.1    | 1, 0
+    relu
+    deconv 256-128 5x5 stride 2 pad 2 out 1  | normal 0.02, 0
+    batch norm 128 eps 1e-05 momentum 0.1    | 1, 0
+    relu
+    deconv 128-64 5x5 stride 2 pad 2 out 1   | normal 0.02, 0
+    batch norm 64 eps 1e-05 momentum 0.1     | 1, 0
+    relu
+    conv 64-3 3x3 stride 1 pad 1             | normal 0.02, 0
+    sigmoid
+    """,
+)
 NETWORKS["smmd_gan critic, cifar10"] = (
     lambda: smmd_gan.Critic((3, 32, 32), 1, 64),
     (3, 32, 32),
@@ -425,6 +510,103 @@ NETWORKS["smmd_gan critic, cifar10"] = (
     linear 8192-1                    | normal 0.02, 0
     """,
 )
+# From 64 to 127 pixels, Glorot uniform in all blocks: b^2 = 6 / (k^2 (c_in + c_out)).
+NETWORKS["smmd_gan generator, 64 pixels"] = (
+    lambda: smmd_gan.Generator((3, 64, 64), 128, 64),
+    (128,),
+    """
+    12219715 parameters
+    linear 128-16384                              | normal 0.01, 0
+    batch norm 1024 eps 1e-05 momentum 0.1        | 1, 0
+    relu
+    nearest x 2
+    nearest x 2
+    conv 1024-512 3x3 stride 1 pad 1 no bias      | uniform 0.020833
+    batch norm 512 eps 1e-05 momentum 0.1         | 1, 0
+    relu
+    conv 512-512 3x3 stride 1 pad 1               | uniform 0.025516, 0
+    conv 1024-512 1x1 stride 1 pad 0              | uniform 0.0625, 0
+    add
+    batch norm 512 eps 1e-05 momentum 0.1         | 1, 0
+    relu
+    nearest x 2
+    nearest x 2
+    conv 512-256 3x3 stride 1 pad 1 no bias       | uniform 0.029463
+    batch norm 256 eps 1e-05 momentum 0.1         | 1, 0
+    relu
+    conv 256-256 3x3 stride 1 pad 1               | uniform 0.036084, 0
+    conv 512-256 1x1 stride 1 pad 0               | uniform 0.088388, 0
+    add
+    batch norm 256 eps 1e-05 momentum 0.1         | 1, 0
+    relu
+    nearest x 2
+    nearest x 2
+    conv 256-128 3x3 stride 1 pad 1 no bias       | uniform 0.041667
+    batch norm 128 eps 1e-05 momentum 0.1         | 1, 0
+    relu
+    conv 128-128 3x3 stride 1 pad 1               | uniform 0.051031, 0
+    conv 256-128 1x1 stride 1 pad 0               | uniform 0.125, 0
+    add
+    batch norm 128 eps 1e-05 momentum 0.1         | 1, 0
+    relu
+    nearest x 2
+    nearest x 2
+    conv 128-64 3x3 stride 1 pad 1 no bias        | uniform 0.058926
+    batch norm 64 eps 1e-05 momentum 0.1          | 1, 0
+    relu
+    conv 64-64 3x3 stride 1 pad 1                 | uniform 0.072169, 0
+    conv 128-64 1x1 stride 1 pad 0                | uniform 0.176777, 0
+    add
+    batch norm 64 eps 1e-05 momentum 0.1          | 1, 0
+    relu
+    conv 64-3 3x3 stride 1 pad 1                  | normal 0.02, 0
+    sigmoid
+    """,
+)
+NETWORKS["smmd_gan critic, 64 pixels"] = (
+    lambda: smmd_gan.Critic((3, 64, 64), 1, 64),
+    (3, 64, 64),
+    """
+    10103297 parameters
+    conv 3-64 3x3 stride 1 pad 1             | uniform 0.099751, 0
+    leaky relu 0.2
+    relu
+    conv 64-64 3x3 stride 1 pad 1 no bias    | uniform 0.072169
+    relu
+    conv 64-128 3x3 stride 1 pad 1           | uniform 0.058926, 0
+    mean pool 2
+    mean pool 2
+    conv 64-128 1x1 stride 1 pad 0           | uniform 0.176777, 0
+    add
+    relu
+    conv 128-128 3x3 stride 1 pad 1 no bias  | uniform 0.051031
+    relu
+    conv 128-256 3x3 stride 1 pad 1          | uniform 0.041667, 0
+    mean pool 2
+    mean pool 2
+    conv 128-256 1x1 stride 1 pad 0          | uniform 0.125, 0
+    add
+    relu
+    conv 256-256 3x3 stride 1 pad 1 no bias  | uniform 0.036084
+    relu
+    conv 256-512 3x3 stride 1 pad 1          | uniform 0.029463, 0
+    mean pool 2
+    mean pool 2
+    conv 256-512 1x1 stride 1 pad 0          | uniform 0.088388, 0
+    add
+    relu
+    conv 512-512 3x3 stride 1 pad 1 no bias  | uniform 0.025516
+    relu
+    conv 512-1024 3x3 stride 1 pad 1         | uniform 0.020833, 0
+    mean pool 2
+    mean pool 2
+    conv 512-1024 1x1 stride 1 pad 0         | uniform 0.0625, 0
+    add
+    leaky relu 0.2
+    sum over space
+    linear 1024-1                            | normal 0.01, 0
+    """,
+)
 NETWORKS["smmd_gan generator, celeba"] = (  # [C:Arb]: no batch norm in its blocks
     lambda: smmd_gan.Generator((3, 160, 160), 128, 64),
     (128,),
@@ -433,34 +615,34 @@ NETWORKS["smmd_gan generator, celeba"] = (  # [C:Arb]: no batch norm in its bloc
     linear 128-25600                              | normal 0.01, 0
     relu
     nearest x 2
+    nearest x 2
     conv 1024-512 3x3 stride 1 pad 1 no bias      | uniform 0.020833
     relu
     conv 512-512 3x3 stride 1 pad 1               | uniform 0.025516, 0
-    nearest x 2
     conv 1024-512 1x1 stride 1 pad 0              | uniform 0.0625, 0
     add
     relu
     nearest x 2
+    nearest x 2
     conv 512-256 3x3 stride 1 pad 1 no bias       | uniform 0.029463
     relu
     conv 256-256 3x3 stride 1 pad 1               | uniform 0.036084, 0
-    nearest x 2
     conv 512-256 1x1 stride 1 pad 0               | uniform 0.088388, 0
     add
     relu
     nearest x 2
+    nearest x 2
     conv 256-128 3x3 stride 1 pad 1 no bias       | uniform 0.041667
     relu
     conv 128-128 3x3 stride 1 pad 1               | uniform 0.051031, 0
-    nearest x 2
     conv 256-128 1x1 stride 1 pad 0               | uniform 0.125, 0
     add
     relu
     nearest x 2
+    nearest x 2
     conv 128-64 3x3 stride 1 pad 1 no bias        | uniform 0.058926
     relu
     conv 64-64 3x3 stride 1 pad 1                 | uniform 0.072169, 0
-    nearest x 2
     conv 128-64 1x1 stride 1 pad 0                | uniform 0.176777, 0
     add
     batch norm 64 eps 1e-05 momentum 0.1          | 1, 0
@@ -615,6 +797,16 @@ def test_network(name):
 
 LI = (1.0, 2.0, 4.0, 8.0, 16.0)
 SETTINGS = [  # script, what is asked for, what is then set
+    # [C:GMMN]; bandwidths: the square roots of 2, 5, 10, 20, 40, 80
+    (
+        gmmn,
+        dict(dataset="mnist"),
+        dict(
+            image_size=28, total_steps=40_000, batch_size=1000, width=1024, latent_dim=10, optimizer="sgd",
+            learning_rate=2.0, momentum=0.9, drop_step=10_000, kernel="rbf",
+        ),
+    ),
+    (gmmn, dict(dataset="mnist", autoencoder=True), dict(feature_dim=32, ae_steps=3000, bandwidths=(1.0,))),
     # [C:Li]: its schedule makes so many updates of the generator in 1000 epochs
     (
         mmd_gan,
@@ -744,6 +936,13 @@ SETTINGS = [  # script, what is asked for, what is then set
 def test_settings(script, asked, expected):
     args = script.resolve(script.Args(**asked))
     assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_bandwidths_and_constants_of_gmmn():
+    """The numbers of [C:GMMN] are variances; its dropout is that of the encoder's two inputs."""
+    args = gmmn.resolve(gmmn.Args(dataset="mnist"))
+    assert [sigma**2 for sigma in args.bandwidths] == pytest.approx([2, 5, 10, 20, 40, 80])
+    assert (gmmn.AE_BATCH, gmmn.AE_DROPOUT) == (100, (0.2, 0.5))
 
 
 @pytest.mark.parametrize(
