@@ -5,6 +5,7 @@ map that a thread reads ahead; the toys are drawn afresh.
 """
 
 import codecs
+import functools
 import hashlib
 import io
 import math
@@ -14,9 +15,10 @@ import shutil
 import sys
 import tarfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
@@ -25,14 +27,27 @@ import torch
 import torch.distributed as dist
 import torchvision
 from filelock import FileLock
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 from torch import Tensor
 from torchvision.transforms.v2.functional import center_crop, resize
 from tqdm import tqdm
 
 from common.run import SIGNALS, BadInput, Stream, mix, require, several
 
-TOYS = {"8gaussians": 2, "25gaussians": 2, "swissroll": 2, "ring2d": 2, "ring3d": 3}  # name: dimension
+TOYS = {  # name: dimension
+    "8gaussians": 2,
+    "25gaussians": 2,
+    "swissroll": 2,
+    "ring2d": 2,
+    "ring2d-sharp": 2,
+    "ring3d": 3,
+}
+RINGS = {  # name: radius, standard deviation of the noise, angle of the first of eight modes
+    "8gaussians": (2 / 1.414, 0.02 / 1.414, 0.0),
+    "ring2d": (2.0, 0.2, -math.pi / 2),
+    "ring2d-sharp": (2.0, 0.01, -math.pi / 2),
+    "ring3d": (2.0, 0.2, -math.pi / 2),
+}
 SWISSROLL_STD = 0.25 / 7.5
 IMAGES = {  # name: what has to be under --data-dir, and where it comes from
     "digits": "scikit-learn",
@@ -42,7 +57,7 @@ IMAGES = {  # name: what has to be under --data-dir, and where it comes from
     "cifar10": "cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/, packed or not",
     "stl10": "stl10_binary/ of http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",
     "celeba": "celeba/img_align_celeba/ (img_align_celeba.zip, unpacked) and celeba/list_eval_partition.txt"
-    " of https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
+    " (or Kaggle's .csv) of https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
     "lsun-bedroom": "lsun/bedroom_train_lmdb/ and lsun/bedroom_val_lmdb/ (and: pip install lmdb) of"
     " http://dl.yf.io/lsun/scenes/, or images exported from those to lsun/bedroom_train/ and bedroom_val/",
     "imagenet": "imagenet/train/ and imagenet/val/ with the images, in folders or not, of"
@@ -52,7 +67,10 @@ LARGE = {"stl10": 48, "celeba": 64, "lsun-bedroom": 64, "imagenet": 64}  # conve
 IN_MEMORY = 4e9  # bytes; of more images a memory map is read
 LANCZOS = Image.Resampling.LANCZOS
 CHUNK = 1024  # images converted, and made safe on the disk, at a time
-IMAGE_FILES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+TASK = 64  # of those, by one thread at a time
+REDUCE = 4  # how many times the size that is wanted a JPEG still has that is decoded at 1/2, 1/4 or 1/8
+# Formats that Pillow lists but only recognises, and EPS, for which it runs another program.
+NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 @dataclass
@@ -146,6 +164,8 @@ def family(name: str) -> str:
 
     BadInput: there is no such data set, or no such folder.
     """
+    readable = name.encode(errors="replace").decode() == name
+    require(readable, "--dataset", ascii(name), "a name in UTF-8: it goes into the curves")
     folder = name.startswith("folder:") and os.path.isdir(name.removeprefix("folder:"))
     names = f"one of {', '.join((*TOYS, *IMAGES))}, or folder:PATH with the PATH of a folder"
     require(folder or name in TOYS or name in IMAGES, "--dataset", name, names)
@@ -184,12 +204,13 @@ def toy_modes(name: str) -> tuple[Tensor, Tensor]:
     """Return the centres (modes, d) and the noise's standard deviations (d,) of a toy made of Gaussians.
 
     8gaussians, 25gaussians: Gulrajani et al. 2017, as in their code (coordinates of standard deviation 1).
-    ring2d, ring3d (before its rotation): the code of the GRAM-nets paper.
+    ring2d, ring3d (before its rotation): the code of the GRAM-nets paper. ring2d-sharp: the noise of 0.01
+    that this paper prints.
     """
     if name == "25gaussians":
         grid = torch.arange(-2.0, 3.0) * (2 / 2.828)
         return torch.cartesian_prod(grid, grid), torch.full((2,), 0.05 / 2.828)
-    radius, std, first = (2 / 1.414, 0.02 / 1.414, 0.0) if name == "8gaussians" else (2.0, 0.2, -math.pi / 2)
+    radius, std, first = RINGS[name]
     angle = first + torch.arange(8) * (math.pi / 4)
     centres = radius * torch.stack([angle.cos(), angle.sin(), torch.zeros(8)], 1)
     return centres[:, : TOYS[name]], torch.tensor([std, std, 0.1])[: TOYS[name]]
@@ -304,89 +325,191 @@ def _cifar_images(file) -> np.ndarray:
 # --- large sets ----------------------------------------------------------------------------------
 
 
+@dataclass
+class Found:
+    """Images that are to be converted."""
+
+    count: int
+    items: Iterable  # the images, as yet encoded: what decode takes
+    files: list  # that they come from
+    left_out: Counter = field(default_factory=Counter)  # why: how many files
+
+
 def _convert(name: str, data_dir: Path, size: int, parts: tuple[str, ...]) -> Tensor:
     """Return a large set or a folder as uint8 (N, 3, size, size), converted where that was not done before.
 
     The cache is one file, data_dir/cache/NAME-PARTS-SIZE-KEY.npy. Its key names what the images depend on:
     the crop, and name, size and time of every file that they come from.
     """
-    root = Path(name.removeprefix("folder:")) if name.startswith("folder:") else data_dir
-    count, items, files = _find(name, root, parts)
-    key = hashlib.sha256(b"crop 1")
-    for file in files:
+    if name.startswith("folder:"):
+        root = Path(name.removeprefix("folder:"))
+        found = find_folder(root)
+    else:
+        root = data_dir
+        found = FIND[name](root, parts)
+    key = hashlib.sha256(b"crop 2")
+    for file in found.files:
         stat = os.stat(file)
-        key.update(f"{str(file).removeprefix(str(root))} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        key.update(os.fsencode(str(file).removeprefix(str(root))))
+        key.update(f" {stat.st_size} {stat.st_mtime_ns}\n".encode())
     cache = f"{family(name)}-{'+'.join(parts)}-{size}-{key.hexdigest()[:16]}.npy"
-    path, shape = data_dir / "cache" / cache, (count, 3, size, size)
-    write_array(path, shape, items, lambda numbered: crop(name, size, *numbered))
+    path, shape = data_dir / "cache" / cache, (found.count, 3, size, size)
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(found.left_out.items()))
+    note = f"; left out: {reasons}" if reasons else ""
+    write_array(path, shape, found.items, lambda numbered: crop(name, size, *numbered), note)
     images = np.load(path, mmap_mode="r" if math.prod(shape) > IN_MEMORY else None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a map that cannot be written: one that can needs the memory
         return torch.from_numpy(images)
 
 
-def _find(name: str, root: Path, parts: tuple[str, ...]) -> tuple[int, Iterable, list]:
-    """Return how many images there are; the images, as yet encoded; and the files that they come from."""
-    if name == "stl10":
-        folder, stl10 = root / "stl10_binary", torchvision.datasets.STL10
-        if not folder.exists():
-            utils, unpacked = torchvision.datasets.utils, root / "stl10.partial"
-            with FileLock(root / "stl10.lock"):
-                if not folder.exists():
-                    options = dict(md5=stl10.tgz_md5, remove_finished=True)
-                    utils.download_and_extract_archive(stl10.url, root, unpacked, **options)
-                    os.replace(unpacked / folder.name, folder)
-        files = [folder / ("unlabeled_X.bin" if part == "train" else "test_X.bin") for part in parts]
-        arrays = [np.memmap(file, np.uint8, "r").reshape(-1, 3, 96, 96) for file in files]
-        return sum(map(len, arrays)), chain(*arrays), files
-    if name == "celeba":
-        words = (root / "celeba/list_eval_partition.txt").read_text().split()
-        codes = {("train",): "0", ("test",): "2"}.get(parts, "012")
-        names = [file for file, code in zip(words[::2], words[1::2]) if code in codes]
-        files = [f"{root}/celeba/img_align_celeba/{file}" for file in names]
-        return len(files), files, files
-    lsun = name == "lsun-bedroom"
-    parts = ["train" if part == "train" else "val" for part in parts]
-    folders = [f"{root}/lsun/bedroom_{part}" if lsun else f"{root}/imagenet/{part}" for part in parts]
-    folders = [str(root)] if name.startswith("folder:") else folders
-    found = [_lmdb(f"{f}_lmdb") if lsun and os.path.isdir(f"{f}_lmdb") else _files(f) for f in folders]
-    counts, items, files = zip(*found)
-    if 0 in counts:
-        raise FileNotFoundError(f"no image below {folders[counts.index(0)]}")
-    return sum(counts), chain(*items), [*chain(*files)]
+def find_stl10(root: Path, parts: tuple[str, ...]) -> Found:
+    """Return STL-10 in its binary files, downloaded if they are not there; train: the unlabelled images."""
+    folder = root / "stl10_binary"
+    if not folder.exists():
+        with FileLock(root / "stl10.lock"):
+            if not folder.exists():
+                download_stl10(root, folder)
+    files = [folder / ("unlabeled_X.bin" if part == "train" else "test_X.bin") for part in parts]
+    arrays = [np.memmap(file, np.uint8, "r").reshape(-1, 3, 96, 96) for file in files]
+    return Found(sum(map(len, arrays)), chain(*arrays), files)
 
 
-def _files(folder: str) -> tuple[int, list[str], list[str]]:
-    found = [os.path.join(place, file) for place, _, files in os.walk(folder) for file in files]
-    found = sorted(file for file in found if os.path.splitext(file)[1].lower() in IMAGE_FILES)
-    return len(found), found, found
+def download_stl10(root: Path, folder: Path) -> None:
+    """Download and unpack STL-10 to folder, whole or not at all."""
+    stl10, unpacked = torchvision.datasets.STL10, root / "stl10.partial"
+    torchvision.datasets.utils.download_and_extract_archive(
+        stl10.url, root, unpacked, md5=stl10.tgz_md5, remove_finished=True
+    )
+    os.replace(unpacked / folder.name, folder)
 
 
-def _lmdb(folder: str) -> tuple[int, Iterable, list[str]]:
+def find_celeba(root: Path, parts: tuple[str, ...]) -> Found:
+    """Return the faces that CelebA's partition names, as text or as Kaggle's .csv; all has validation too.
+
+    BadInput: the partition has a line that is none, or names no image of these parts.
+    """
+    images = root / "celeba" / "img_align_celeba"
+    if (images / images.name).is_dir():  # Kaggle's archive
+        images = images / images.name
+    partition = root / "celeba" / "list_eval_partition.csv"
+    if not partition.exists():
+        partition = partition.with_suffix(".txt")
+    codes = {("train",): ["0"], ("test",): ["2"]}.get(parts, ["0", "1", "2"])
+    files = []
+    for line in partition.read_text("utf-8-sig").splitlines():
+        fields = line.replace(",", " ").split()
+        if fields in ([], ["image_id", "partition"]):
+            continue
+        ok = len(fields) == 2 and fields[1] in ("0", "1", "2")
+        require(ok, f"a line of {partition}", repr(line), "the name of an image, and 0, 1 or 2")
+        if fields[1] in codes:
+            files.append(f"{images}/{fields[0]}")
+    require(len(files) > 0, str(partition), "a list of no image", f"one with code {' or '.join(codes)}")
+    return Found(len(files), files, files)
+
+
+def find_lsun(root: Path, parts: tuple[str, ...]) -> Found:
+    """Return LSUN's bedrooms in LMDB, or exported from it; its test images are those to validate."""
+    found = []
+    for part in parts:
+        folder = f"{root}/lsun/bedroom_{'train' if part == 'train' else 'val'}"
+        database = f"{folder}_lmdb"
+        found.append(find_lmdb(database) if os.path.isdir(database) else find_folder(folder))
+    return join(found)
+
+
+def find_lmdb(folder: str) -> Found:
+    """Return the images of an LMDB database: as items, its environment and the key of each."""
     import lmdb
 
     env = lmdb.open(folder, readonly=True, lock=False, readahead=False, meminit=False)
+    count = env.stat()["entries"]
+    if count == 0:
+        raise FileNotFoundError(f"no image in {folder}")
     keys = env.begin().cursor().iternext(values=False)
-    return env.stat()["entries"], ((env, key) for key in keys), [f"{folder}/data.mdb"]
+    return Found(count, ((env, key) for key in keys), [f"{folder}/data.mdb"])
+
+
+def find_imagenet(root: Path, parts: tuple[str, ...]) -> Found:
+    """Return the images below imagenet/; its test images are those to validate."""
+    return join([find_folder(f"{root}/imagenet/{'train' if part == 'train' else 'val'}") for part in parts])
+
+
+FIND = {"stl10": find_stl10, "celeba": find_celeba, "lsun-bedroom": find_lsun, "imagenet": find_imagenet}
+
+
+def join(parts: list[Found]) -> Found:
+    """Return the images of all parts, one part after the other."""
+    count = sum(part.count for part in parts)
+    items = chain(*(part.items for part in parts))
+    files = [*chain(*(part.files for part in parts))]
+    return Found(count, items, files, sum((part.left_out for part in parts), Counter()))
+
+
+def find_folder(folder: str | Path) -> Found:
+    """Return the images below a folder, in the order of their names: all files that Pillow decodes, by name.
+
+    Links are followed, but no folder is entered twice. Names that begin with a dot are left out. OSError: a
+    folder that cannot be read, or in which no image is found.
+    """
+    files, left_out, entered = [], Counter(), set()
+    for place, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        real_place = os.path.realpath(place)
+        if real_place in entered:
+            folders.clear()
+            continue
+        entered.add(real_place)
+        left_out["hidden"] += sum(name.startswith(".") for name in folders)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            file = os.path.join(place, name)
+            if name.startswith("."):
+                left_out["hidden"] += 1
+            elif os.path.splitext(name)[1].lower() not in extensions():
+                left_out["of other types"] += 1
+            elif not os.path.isfile(file):  # a pipe, a link to nothing
+                left_out["that are no files"] += 1
+            else:
+                files.append(file)
+    if not files:
+        raise FileNotFoundError(f"no image below {folder}")
+    files.sort()
+    return Found(len(files), files, files, +left_out)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+@functools.cache
+def formats() -> list[str]:
+    """Return Pillow's names of the formats that it decodes itself, the frequent ones first."""
+    Image.init()
+    return [name for name in Image.ID if name not in NOT_DECODED]
+
+
+@functools.cache
+def extensions() -> set[str]:
+    """Return Pillow's own list of what the names of such files end with, as .png."""
+    decoded = {*formats(), "MPO"}  # which the decoder of JPEG reads too
+    return {end for end, name in Image.registered_extensions().items() if name in decoded}
 
 
 def crop(name: str, size: int, number: int, item: str | np.ndarray | tuple) -> np.ndarray:
     """Return image number of a set as uint8 (3, size, size), cut and scaled as the set's papers do.
 
-    item: a file's name, pixels (3, width, height), or LMDB's environment and key.
     celeba: covers 72x88, of which the central 64x64 is left (Wang et al. 2019), and so in proportion; at 160
     any 160x160 of the central 178x178, half of them mirrored (Arbel et al. 2018), drawn once for each image.
     imagenet: by way of 256x256 (Arbel et al. 2018). Others: shorter side to size, central square.
+
+    item: as decode. BadInput: it cannot be decoded.
     """
-    what = item if isinstance(item, str) else f"image {number}"
+    by_way_of = max(size, 256) if name == "imagenet" else size
     try:
-        if isinstance(item, tuple):
-            with item[0].begin() as transaction:
-                item = io.BytesIO(transaction.get(item[1]))
-        image = Image.fromarray(item.transpose(2, 1, 0)) if isinstance(item, np.ndarray) else Image.open(item)
-        with image:
-            image = image.convert("RGB")
+        image = decode(item, REDUCE * by_way_of, upright=name.startswith("folder:"))
     except Exception as error:  # Pillow's decoders raise what they like
+        what = item if isinstance(item, str) else f"image {number}"
         raise BadInput(f"--dataset {name}: {what} cannot be read, remove or repair it ({error})") from error
     if name == "celeba" and size == 160:
         left, top, mirrored = np.random.default_rng(number).integers((19, 19, 2))
@@ -401,8 +524,58 @@ def crop(name: str, size: int, number: int, item: str | np.ndarray | tuple) -> n
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-def write_array(path: Path, shape: tuple[int, ...], items: Iterable, convert: Callable) -> None:
-    """Write convert((i, item)) of all items as uint8 to a .npy file, whole or not at all.
+def decode(item: str | np.ndarray | tuple, enough: int, upright: bool) -> Image.Image:
+    """Return an image as RGB of 8 bits; what is transparent is laid on white.
+
+    item: a file's name, pixels (3, width, height), or LMDB's environment and key.
+    enough: a JPEG is decoded at 1/8, 1/4 or 1/2 of its size if its sides are multiples of that (no pixel is
+    moved then) and still as long as enough. Scaled down fourfold or more afterwards, photos differ by 0.22 of
+    255 levels, no pixel by more than 7 (of four photos, three qualities, sides 16 to 160).
+    upright: turn it as its EXIF orientation says.
+
+    ValueError: pixels of more than 8 bits of which the format does not say what is white.
+    """
+    if isinstance(item, np.ndarray):
+        return Image.fromarray(item.transpose(2, 1, 0))
+    if isinstance(item, tuple):
+        environment, key = item
+        with environment.begin() as transaction:
+            item = io.BytesIO(transaction.get(key))
+    with Image.open(item, formats=formats()) as image:
+        for divisor in (8, 4, 2):
+            if all(side % divisor == 0 and side // divisor >= enough for side in image.size):
+                image.draft(None, (image.width // divisor, image.height // divisor))
+                break
+        if upright:
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode[0] in "IF":
+            return to_8_bits(image).convert("RGB")
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        return image.convert("RGB")
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Return a grey image of more than 8 bits with 8. ValueError: its format does not say what is white."""
+    white = 2**16 - 1  # to which Pillow scales what PGM and JPEG 2000 say is white
+    known = (image.format, image.mode) in {("PNG", "I;16"), ("PNG", "I"), ("PPM", "I"), ("JPEG2000", "I;16")}
+    if image.format == "TIFF" and image.mode in ("I;16", "I;16B"):
+        known = image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 1  # black is zero
+        white = 2 ** image.tag_v2[TiffImagePlugin.BITSPERSAMPLE][0] - 1
+    if not known:
+        expected = "8 bits, or 16 bits of grey in PNG, PGM, JPEG 2000 or TIFF (0 is black)"
+        raise ValueError(f"{image.format} with pixels of Pillow's type {image.mode}, should be {expected}")
+    levels = np.asarray(image)
+    if "transparency" in image.info:
+        levels = np.where(levels == image.info["transparency"], white, levels)
+    return Image.fromarray(np.rint(levels * (255 / white)).astype(np.uint8))
+
+
+def write_array(
+    path: Path, shape: tuple[int, ...], items: Iterable, convert: Callable, note: str = ""
+) -> None:
+    """Write convert((i, item)) of all items as uint8 to a .npy file, whole or not at all; note is printed.
 
     What a killed process left is gone on from, but for the last chunk, which may not have reached the disk.
     One process writes, others wait for it. A file of another size or header is made anew. BadInput: it cannot
@@ -413,12 +586,15 @@ def write_array(path: Path, shape: tuple[int, ...], items: Iterable, convert: Ca
     start, row, partial = header.getvalue(), math.prod(shape[1:]), path.with_suffix(".partial")
     whole = len(start) + shape[0] * row
 
+    def convert_all(task: list) -> np.ndarray:
+        return np.stack([convert(numbered) for numbered in task])
+
     def size(file: Path) -> int:
         return file.stat().st_size if file.exists() and file.open("rb").read(len(start)) == start else 0
 
     if size(path) == whole:
         return
-    print(f"{path} is made once, of {shape[0]:,} images", flush=True)
+    print(f"{path} is made once, of {shape[0]:,} images{note}", flush=True)
     try:
         with FileLock(path.with_suffix(".lock")), ThreadPoolExecutor() as pool:
             if size(path) == whole:
@@ -435,7 +611,9 @@ def write_array(path: Path, shape: tuple[int, ...], items: Iterable, convert: Ca
                     if SIGNALS:
                         print(f"stopped by signal {SIGNALS[0]}; the same command goes on from here")
                         sys.exit(128 + SIGNALS[0])
-                    file.write(np.stack(list(pool.map(convert, chunk))))
+                    tasks = [chunk[i : i + TASK] for i in range(0, len(chunk), TASK)]
+                    for part in pool.map(convert_all, tasks):
+                        file.write(part)
                     file.flush()
                     os.fsync(file.fileno())
                     bar.update(len(chunk))

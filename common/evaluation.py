@@ -454,8 +454,7 @@ def read_images(what: str, source: str, args: Args) -> Tensor:
     path, (name, _, split) = Path(source.removeprefix("folder:")), source.partition(":")
     try:
         if path.is_dir():
-            files = [f for f in path.rglob("*") if f.suffix.lower() in datasets.IMAGE_FILES]
-            require(len(files) > 0, "it", "a folder without images", "one with some")
+            files = datasets.find_folder(path).files
             sides = {args.image_size} if args.image_size else {n for f in files for n in Image.open(f).size}
             expected = "one side (square images), or be resized with --image-size"
             require(len(sides) == 1, "the set of its images' sides", sides, expected)

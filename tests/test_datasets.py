@@ -1,5 +1,6 @@
 """Toys at the scales of their papers' code, image files in their original formats, and refusals."""
 
+import hashlib
 import math
 import os
 import pickle
@@ -19,9 +20,9 @@ import pytest
 import torch
 import torchvision
 from conftest import Malicious
-from PIL import Image
+from PIL import EpsImagePlugin, Image, ImageOps
 
-from common import datasets
+from common import datasets, evaluation
 from common.run import BadInput
 
 CPU = torch.device("cpu")
@@ -59,7 +60,12 @@ def no_network(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "modes", "noise"),
-    [("8gaussians", 8, 0.02 / 1.414), ("25gaussians", 25, 0.05 / 2.828), ("ring2d", 8, 0.2)],
+    [
+        ("8gaussians", 8, 0.02 / 1.414),
+        ("25gaussians", 25, 0.05 / 2.828),
+        ("ring2d", 8, 0.2),
+        ("ring2d-sharp", 8, 0.01),
+    ],
 )
 def test_noise_around_every_mode_has_its_standard_deviation(name, modes, noise):
     """And the modes are equally likely, and sit where toy_modes says."""
@@ -90,8 +96,9 @@ def test_25gaussians_are_a_grid_of_spacing_2_over_2_828():
     np.testing.assert_allclose(centres, (centres / (2 / 2.828)).round() * 2 / 2.828, atol=1e-6)
 
 
-def test_ring2d_has_radius_2_and_starts_at_the_bottom():
-    centres = datasets.toy_modes("ring2d")[0]
+@pytest.mark.parametrize("name", ["ring2d", "ring2d-sharp"])
+def test_ring2d_has_radius_2_and_starts_at_the_bottom(name):
+    centres = datasets.toy_modes(name)[0]
     np.testing.assert_allclose(centres.norm(dim=1), 2, rtol=1e-6)
     np.testing.assert_allclose(centres[0], [0, -2], atol=1e-6)
     gaps = (centres - centres.roll(1, 0)).norm(dim=1)
@@ -410,12 +417,169 @@ def test_folder_scales_the_shorter_side_and_crops_the_centre(tmp_path, width, he
         np.testing.assert_allclose(found, expected_place(10, (side - 20) / 2, 2), atol=0.3)
 
 
-def test_folder_makes_grey_and_transparent_images_rgb(tmp_path):
-    grey = np.arange(16).reshape(4, 4) * 10
-    save(tmp_path / "a.png", grey)
-    save(tmp_path / "b.png", np.dstack([grey, grey, grey, np.full((4, 4), 255)]))
-    images = datasets.load_images(f"folder:{tmp_path}", ".", 4, "train")
-    np.testing.assert_array_equal(images, np.broadcast_to(grey, (2, 3, 4, 4)))
+def read(folder, size):
+    """The images of a folder, as a run takes them; python -m common.evaluation takes the same."""
+    images = datasets.load_images(f"folder:{folder}", "data", size, "train")
+    args = evaluation.Args(real="", fake="", image_size=size, data_dir="elsewhere")
+    np.testing.assert_array_equal(evaluation.read_images("REAL", str(folder), args), images)
+    return images.numpy()
+
+
+GREY = np.arange(16, dtype=np.uint8).reshape(4, 4) * 17
+
+
+def test_folder_lays_what_is_transparent_on_white(tmp_path):
+    """Grey and coloured images with an alpha channel, or with one colour or palette entry that is none."""
+    alpha = np.array([255, 128, 64, 0], np.uint8).repeat(4).reshape(4, 4)
+    save(tmp_path / "0.png", GREY)
+    save(tmp_path / "1.png", np.dstack([GREY, alpha]))
+    save(tmp_path / "2.webp", np.dstack([GREY, GREY, GREY, np.full_like(GREY, 255)]))
+    save(tmp_path / "3.png", np.dstack([GREY, GREY, GREY, alpha]))
+    Image.fromarray(GREY).save(tmp_path / "4.png", transparency=0)
+    Image.fromarray(GREY).convert("P").save(tmp_path / "5.gif", transparency=0)
+    Image.fromarray(GREY.astype(np.uint16) * 257).save(tmp_path / "6.png", transparency=0)
+    on_white = 255 - alpha / 255 * (255.0 - GREY)
+    first_white = np.where(GREY == 0, 255, GREY)
+    images = read(tmp_path, 4)
+    for image, expected in zip(
+        images, [GREY, on_white, images[2, 0], on_white, first_white, first_white, first_white]
+    ):
+        np.testing.assert_allclose(image, np.broadcast_to(expected, (3, 4, 4)), atol=1)
+    assert (images[2].max() > 250, images[2].min() < 5) == (True, True)
+
+
+def tag(number, value):
+    """An entry of TIFF with one value of 16 bits."""
+    return struct.pack("<HHII", number, 3, 1, value)
+
+
+def test_folder_scales_what_has_more_than_8_bits_by_what_its_format_says(tmp_path):
+    levels = GREY.astype(np.uint16) * 257
+    for name in ("a.png", "b.tif", "c.pgm", "d.jp2"):
+        Image.fromarray(levels).save(tmp_path / name)
+    Image.fromarray(levels).save(tmp_path / "e.tif", big_endian=True)
+    (tmp_path / "f.pgm").write_bytes(b"P5 4 4 1023\n" + (levels // 64).astype(">u2").tobytes())
+    twelve = "".join(f"{level // 16:012b}" for level in levels.flatten())  # bits, in the place of 16 times 16
+    content = (tmp_path / "b.tif").read_bytes().replace(tag(258, 16), tag(258, 12))
+    content = content.replace(levels.tobytes(), int(twelve, 2).to_bytes(24, "big") + bytes(8))
+    (tmp_path / "g.tif").write_bytes(content)
+    images = read(tmp_path, 4)
+    assert images.shape == (7, 3, 4, 4)
+    np.testing.assert_allclose(images, np.broadcast_to(GREY, images.shape), atol=1)
+    assert (images[:5] == GREY).all()
+
+
+@pytest.mark.parametrize(
+    "what", ["a.tif of 32 bits", "b.tif of floats", "c.pfm of floats", "d.tif, 0 is white"]
+)
+def test_other_images_of_more_than_8_bits_are_refused_by_name(tmp_path, what):
+    file = tmp_path / what[:5]
+    types = {"a": np.int32, "b": np.float32, "c": np.float32, "d": np.uint16}
+    Image.fromarray(GREY.astype(types[what[0]])).save(file)
+    if what[0] == "d":
+        file.write_bytes(file.read_bytes().replace(tag(262, 1), tag(262, 0)))
+    message = refusal(f"folder:{tmp_path}", image_size=4)
+    assert f"{file} cannot be read" in message
+    assert "should be 8 bits, or 16 bits of grey" in message
+
+
+def test_folder_turns_images_as_their_exif_orientation_says(tmp_path):
+    """And TIFF's own tag; imagenet's images stay as they are, for its papers do not turn them."""
+    image = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    quarter, flipped = np.rot90(image, -1), image[:, ::-1]  # clockwise; left is right
+    turned = [image, flipped, np.rot90(image, 2), image[::-1]]
+    turned += [np.rot90(flipped), quarter, np.rot90(flipped, -1), np.rot90(image)]
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(image).save(tmp_path / f"{orientation}.png", exif=exif)
+    Image.fromarray(image).save(tmp_path / "9.tif", tiffinfo={0x0112: 6})
+    np.testing.assert_array_equal(read(tmp_path, 6).transpose(0, 2, 3, 1), [*turned, quarter])
+    (tmp_path / "imagenet" / "train").mkdir(parents=True)
+    (tmp_path / "6.png").rename(tmp_path / "imagenet" / "train" / "6.png")
+    (found,) = datasets.load_images("imagenet", tmp_path, 256, "train")
+    upright = np.asarray(Image.fromarray(image).resize((256, 256), datasets.LANCZOS))
+    np.testing.assert_array_equal(found, upright.transpose(2, 0, 1))
+
+
+def test_what_a_folder_holds_besides_images_is_left_out_and_counted(tmp_path, capsys):
+    """Links are followed once, also into themselves; names that begin with a dot are no data."""
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for i, name in enumerate(["b/x.png", "folder.png/y.png", os.fsdecode(b"\xff.png"), "z.png"]):
+        save(root / name, np.full((4, 4), 10 * i))
+    save(outside / "linked.png", np.full((4, 4), 40))
+    (root / "a").symlink_to(outside)
+    (root / "again").symlink_to(outside)
+    (root / "b" / "loop").symlink_to(root)
+    (root / "c.png").symlink_to(outside / "linked.png")
+    for hidden in (".ipynb_checkpoints/x.png", "b/.hidden/y.png", "._z.png"):
+        save(root / hidden, np.full((4, 4), 99))
+    for other in ("notes.txt", "page.eps", "table.h5"):
+        (root / other).write_text("no image")
+    (root / "nowhere.png").symlink_to("nothing")
+    os.mkfifo(root / "pipe.png")
+    images = datasets.load_images(f"folder:{root}", ".", 4, "train")
+    assert images[:, 0, 0, 0].tolist() == [40, 0, 40, 10, 30, 20]  # a/linked, b/x, c, folder.png/y, z, \xff
+    assert capsys.readouterr().out.splitlines() == [
+        f"{cache_file()} is made once, of 6 images; left out: 3 hidden, 3 of other types, 2 that are no files"
+    ]
+    np.testing.assert_array_equal(read(root, 4), images)
+
+
+def test_a_data_set_that_is_not_named_in_utf_8_is_refused(tmp_path):
+    save(tmp_path / os.fsdecode(b"\xff") / "x.png", GREY)
+    assert "a name in UTF-8" in refusal(
+        f"folder:{os.fsdecode(b'%b/%b' % (os.fsencode(tmp_path), bytes([255])))}"
+    )
+
+
+def test_folder_takes_every_extension_of_what_pillow_reads_back(tmp_path):
+    """But EPS, for which it runs another program."""
+    Image.init()
+    ends = []
+    for end, kind in Image.registered_extensions().items():
+        for mode in ("RGB", "L", "1"):
+            try:
+                Image.new(mode, (64, 64), "white").save(tmp_path / f"x{end}")
+                Image.open(tmp_path / f"x{end}").load()
+                ends += [end] if kind != "EPS" else []
+                break
+            except (OSError, KeyError, ValueError):
+                (tmp_path / f"x{end}").unlink(missing_ok=True)
+    assert len(ends) > 30
+    assert datasets.extensions() >= {*ends}
+    images = datasets.load_images(f"folder:{tmp_path}", ".", 16, "train")
+    assert len(images) == len(ends)
+    assert images.min() > 250
+
+
+def test_an_image_runs_no_program(tmp_path, monkeypatch):
+    """Not PostScript either, under whatever name it comes."""
+    ran = []
+    program = lambda *args, **kwargs: (ran.append(args), Image.new("RGB", (10, 10)).im)[1]  # noqa: E731
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", program)
+    file = tmp_path / "x.png"
+    file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
+    assert str(file) in refusal(f"folder:{tmp_path}", image_size=4)
+    assert ran == []
+    with Image.open(file) as image:
+        image.load()
+    assert len(ran) == 1  # it would have
+
+
+@pytest.mark.parametrize(
+    ("sides", "decoded"), [((1600, 640), (200, 80)), ((1602, 642), (801, 321)), ((1603, 641), None)]
+)
+def test_a_large_jpeg_is_decoded_at_a_fraction_if_that_moves_no_pixel(tmp_path, sides, decoded):
+    """And if it still has four times the size; what comes of it is, within a few levels, the same."""
+    file = tmp_path / "a.jpg"
+    photo(file, *sides)
+    assert datasets.decode(str(file), 80, upright=True).size == (decoded or sides)
+    assert datasets.decode(str(file), 81, upright=True).size != (200, 80)
+    with Image.open(file) as image:
+        expected = np.asarray(ImageOps.fit(image, (20, 20), datasets.LANCZOS)).transpose(2, 0, 1)
+    (image,) = datasets.load_images(f"folder:{tmp_path}", ".", 20, "train").double()
+    np.testing.assert_allclose(image, expected, atol=2)
 
 
 @pytest.mark.parametrize("damage", ["text", "truncated", "empty"])
@@ -559,6 +723,38 @@ def test_celeba_at_160_is_a_random_crop_of_the_central_178_often_mirrored(celeba
     assert np.mean([mirrored for *_, mirrored in seen]) == pytest.approx(0.5, abs=0.15)
 
 
+def test_celeba_as_kaggle_has_it(celeba):
+    """The partition as .csv, with a byte-order mark; the images in a folder within the folder."""
+    folder = celeba[0] / "celeba"
+    expected = datasets.load_images("celeba", celeba[0], None, "test")
+    lines = ["image_id,partition", *(folder / "list_eval_partition.txt").read_text().split("\n")]
+    (folder / "list_eval_partition.txt").unlink()
+    csv = "\r\n".join(line.replace(" ", ",") for line in lines)
+    (folder / "list_eval_partition.csv").write_text("\ufeff" + csv, encoding="utf-8")
+    (folder / "img_align_celeba").rename(folder / "inner")
+    (folder / "img_align_celeba").mkdir()
+    (folder / "inner").rename(folder / "img_align_celeba" / "img_align_celeba")
+    for split, count in (("train", 3), ("test", 2), ("all", 6)):
+        images = datasets.load_images("celeba", celeba[0], None, split)
+        assert len(images) == count
+        assert split != "test" or torch.equal(images, expected)
+
+
+def test_celeba_first_line_with_a_byte_order_mark(celeba):
+    file = celeba[0] / "celeba" / "list_eval_partition.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert len(datasets.load_images("celeba", celeba[0], None, "train")) == 3
+
+
+@pytest.mark.parametrize("text", ["", "image_id,partition\n", "000001.jpg 1\n", "000001.jpg\n", "<html>"])
+def test_a_partition_that_names_no_image_is_refused_by_its_name(celeba, text):
+    file = celeba[0] / "celeba" / "list_eval_partition.txt"
+    file.write_text(text)
+    message = refusal("celeba", celeba[0])
+    assert str(file) in message
+    assert "000001.jpg' is" not in message
+
+
 def test_a_missing_face_is_named(celeba):
     (celeba[0] / "celeba" / "img_align_celeba" / "000002.jpg").unlink()
     assert "000002.jpg" in refusal("celeba", celeba[0])
@@ -637,7 +833,9 @@ def test_a_missing_set_is_refused_with_what_to_put_where(name, parts, split, tmp
 def test_a_set_of_which_half_is_missing_is_refused(tmp_path):
     photo(tmp_path / "imagenet" / "train" / "a.JPEG", 70, 70)
     message = refusal("imagenet", tmp_path, split="all")
-    assert f"no image below {tmp_path}/imagenet/val" in message
+    assert f"{tmp_path}/imagenet/val" in message
+    (tmp_path / "imagenet" / "val").mkdir()
+    assert f"no image below {tmp_path}/imagenet/val" in refusal("imagenet", tmp_path, split="test")
 
 
 # --- conversion ----------------------------------------------------------------------------------
@@ -678,6 +876,31 @@ def test_images_are_converted_once(photos):
     assert len(photos.converted) == 22
     np.testing.assert_array_equal(np.load(cache_file()), photos.expected)
     assert not list(Path("cache").glob("*.partial"))
+
+
+def test_the_cache_is_named_after_all_that_its_images_depend_on(photos, tmp_path):
+    """A cache of "crop 1" has other pictures: sideways ones, black where they are transparent."""
+    load_photos(photos)
+    key = hashlib.sha256(b"crop 2")
+    for i in range(22):
+        stat = (tmp_path / "photos" / f"{i:02}.png").stat()
+        key.update(f"/{i:02}.png {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    assert cache_file().name == f"folder-train-8-{key.hexdigest()[:16]}.npy"
+
+
+def test_images_are_converted_in_tasks_of_64(tmp_path, monkeypatch):
+    """A task for each image costs more than a small image does."""
+    tasks = []
+
+    class Pool(datasets.ThreadPoolExecutor):
+        def submit(self, function, *args):
+            tasks.append(args)
+            return super().submit(function, *args)
+
+    monkeypatch.setattr(datasets, "ThreadPoolExecutor", Pool)
+    datasets.write_array(tmp_path / "x.npy", (130, 1), range(130), lambda item: np.full(1, item[1], np.uint8))
+    assert len(tasks) == 3
+    assert np.load(tmp_path / "x.npy").flatten().tolist() == [*range(130)]
 
 
 def in_child(function):

@@ -278,8 +278,8 @@ def perfect(name, n):
 
 @pytest.mark.parametrize(
     ("name", "modes", "quality"),
-    [("8gaussians", 8, 0.9889), ("25gaussians", 25, 0.9889), ("ring2d", 8, 0.9889), ("ring3d", 8, 0.9707),
-     ("swissroll", 10, 0.9973)],
+    [("8gaussians", 8, 0.9889), ("25gaussians", 25, 0.9889), ("ring2d", 8, 0.9889),
+     ("ring2d-sharp", 8, 0.9889), ("ring3d", 8, 0.9707), ("swissroll", 10, 0.9973)],
 )  # fmt: skip
 def test_a_perfect_sampler(name, modes, quality, metrics_of):
     """Its share within 3 standard deviations is that of as many normal coordinates as have noise: two, three
@@ -719,7 +719,7 @@ def test_a_comparison_by_the_published_inception(tiny, tmp_path, capsys):
         (["digits", "whole.npy"], "[-1, 1]"),
         (["digits", "large.npy"], "FAKE is 9 x 9"),
         (["digits", "few.npy"], "the number of images of FAKE is 5"),
-        (["digits", "bare"], "a folder without images"),
+        (["digits", "bare"], "no image below bare"),
         (["digits", "digits", "--nope"], "--nope"),
         (["digits", "digits", "--image-size", "0"], "--image-size is 0"),
         (["digits", "digits", "--eval-samples", "9"], "--eval-samples is 9"),
