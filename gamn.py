@@ -3,8 +3,8 @@
 The critic is [P]'s mapper F: it takes samples to R^d, where real and fake are compared by their MMD. The
 mapper drives it up, the generator G drives it down. x is real, y = G(z) is fake; both players minimise:
 
-    generator   L_G = M [+ w M_data]                                                       Eqs. (6), (10)
-    mapper      L_D = -M + lambda Reg                                              Eqs. (7) to (9), see 1
+    generator   L_G = M [+ w M_data]                                     Eq. (6) [section Robustness]
+    mapper      L_D = -M + lambda Reg                                              Eqs. (7) to (10), see 1
 
     M   = sqrt( E k(F(x), F(x')) - 2 E k(F(x), F(y)) + E k(F(y), F(y')) )    Eqs. (3), (4): biased, see 2
     Reg = E (|| grad_t sum_i F_i(t) || - 1)^2, t between x and y          --regularizer gp, Eq. (7)
@@ -12,32 +12,40 @@ mapper drives it up, the generator G drives it down. x is real, y = G(z) is fake
           sum w^2 over all parameters of F                          weight-decay: "classical L2", Table 3
 
 k is a sum of RBF kernels. The penalty is on the gradient of the SUM of the outputs: one backward pass.
-M_data is the MMD of the samples themselves (--data-mmd-weight), which [P] finds of slight use with gp.
+M_data is the MMD of the samples themselves (--data-mmd-weight), with the same k; [P] recommends to add it
+with gp, for a slight gain on images. On 25gaussians it finds more of the modes.
 
 Published: CIFAR-10, best IS over training: gp 6.44 (d = 10), 6.43 (d = 2 and 3), l1 6.35, l2 6.25,
 weight-decay 6.01 (Tables 2, 3); MMD on toys 0.276, 0.284, 0.286, by a kernel that is not given (Table 1).
 
-Deviations from the paper [P], which has no code; [W] is that of Gulrajani et al. 2017, which it builds on:
-  1. The regulariser is subtracted from what the mapper maximises. [P] adds it in Eq. (7) and in Algorithm 1,
-     by which the mapper would drive its penalty up.
-  2. Fake samples in the third expectation of Eq. (3), where [P] writes real ones; no gradient where M is 0.
-  3. [P] gives batch sizes, d, Adam and the names of the layers, and nothing else of what is set below: each
-     help says so, but for those of the run block. What is filled in is [W]'s; bandwidths are MMD-GAN's, on
-     toys ours.
+Deviations from the paper [P], which has no code; [W] is that of Gulrajani et al. 2017, of which [P] has data
+sets, baselines and batch sizes:
+  1. The regulariser is subtracted from what the mapper maximises. [P] adds it in Eqs. (7) to (10) and in
+     Algorithm 1, by which the mapper would drive its penalty up.
+  2. M: fake samples in the third expectation of Eq. (3), where [P] writes real ones; the mean of k is under
+     the root of Eq. (4), where [P] prints 1 / m^2 before it, which would be M / m (at most 0.0124 for
+     m = 256 and five kernels: Table 1's 0.28 excludes it); no gradient where M is 0, where the root has none.
+  3. [P] gives batch sizes, d, Adam, toys' four layers of 512 units and the kinds of normalisation, and
+     nothing else of what is set below: each help says so, but for those of the run block. What is filled in
+     is [W]'s, but for the bandwidths (MMD-GAN's, on toys ours), 1e-3 for l1, l2 and weight-decay (ours) and
+     what 6 says.
   4. Which layers are normalised: in G all but the last, on toys none (batch statistics blur a sample by more
-     than the width of a mode); in F each convolution but the first (as [W]; the only one of an 8x8 image
-     too) and each hidden layer on toys. Layer norm is over (c, h, w) with one scale per channel, as [W].
+     than the width of a mode); in F each convolution but the first (the only one of an 8x8 image too) and
+     each hidden layer on toys. So have [W]'s DCGAN of 64x64; its critics for 28 and 32 pixels have no norm,
+     nor has its generator for 28. Layer norm is over (c, h, w) with one scale per channel, as [W]. At 28
+     pixels batch norm sees the 7x7 that are kept, where [W] cuts them from 8x8 after its norm.
      On toys biases start as PyTorch's, where [W] has 0 and no norm: else F could not see how far a point is.
-  5. tanh and pixels in [-1, 1] for grey images too, where [W] has a sigmoid; weights from N(0, 0.02^2) for
-     all images, as [W]'s for 64x64.
-  6. Networks for images that are not 28, 32 or 64 pixels: ours. So is what toys are trained with: [W] has
-     100,000 steps at 1e-4 for both players, width 512, 5 mapper updates and lambda 0.1, and with few steps
-     of that kind the mapper runs ahead and the generator drops modes.
+  5. Grey images in [-1, 1] and tanh, where [W] has [0, 1] and a sigmoid. Distances between images are twice
+     [W]'s, so F may rise twice as much from black to white; --gp-target 0.5 is [W]'s penalty.
+  6. Ours: networks of images that are not 28, 32 or 64 pixels (their weights start as those of 64x64), and
+     how toys are trained. [P] has width 512, for which a step takes twice as long as for our 256. [W] has
+     100,000 steps at 1e-4 for both players, 5 mapper updates and lambda 0.1; with a few thousand steps of
+     that kind the mapper runs ahead and the generator drops modes.
   7. --kernel laplacian and rq, the latter with the alphas of Binkowski et al. 2018: [P] has rbf alone.
 
 Usage:
     python gamn.py
-    python gamn.py --dataset 25gaussians --lambda-reg 10 --ema-decay 0.995 --total-steps 8000
+    python gamn.py --dataset 25gaussians --data-mmd-weight 1 --lambda-reg 10 --ema-decay 0.995
     python gamn.py --regularizer l1 --feature-dim 2
     python gamn.py --dataset cifar10 --feature-dim 3
 """
@@ -109,7 +117,7 @@ class Args:
     latent_dim: int | None = None  # dimension of the generator's input z ~ N(0, I); not given in the paper
     learning_rate: float | None = None  # of the generator; not given in the paper
     critic_learning_rate: float | None = None  # of the mapper; not given in the paper
-    beta1: float = 0.5  # Adam's first moment, both players; not given in the paper
+    beta1: float | None = None  # Adam's first moment (0.5; 64-pixel sets, folders: 0); not given in the paper
     beta2: float = 0.9  # Adam's second moment, both players; not given in the paper
 
 
@@ -117,20 +125,20 @@ class Args:
 DEFAULTS = {
     "images": dict(
         image_size=64, total_steps=200_000, batch_size=64, width=64, latent_dim=128, learning_rate=1e-4,
-        critic_learning_rate=1e-4, n_critic=5, eval_every=12_500, eval_features="inception",
+        critic_learning_rate=1e-4, beta1=0.0, n_critic=5, eval_every=12_500, eval_features="inception",
         train_split="train", eval_split="train", sample_bn="batch",
     ),
-    "cifar10": dict(image_size=32, width=128),
-    "stl10": dict(image_size=48),  # ours
-    "mnist": dict(image_size=28, batch_size=50, eval_features="pixels"),  # fashion-mnist too
+    "cifar10": dict(image_size=32, width=128, beta1=0.5),
+    "stl10": dict(image_size=48, beta1=0.5),  # ours
+    "mnist": dict(image_size=28, batch_size=50, beta1=0.5, eval_features="pixels"),  # fashion-mnist too
     "digits": dict(
         image_size=8, total_steps=1000, width=32, latent_dim=32, learning_rate=5e-4,
-        critic_learning_rate=5e-4, eval_every=500, eval_features="pixels",
+        critic_learning_rate=5e-4, beta1=0.5, eval_every=500, eval_features="pixels",
     ),  # ours
     "toys": dict(
         total_steps=4000, batch_size=256, width=256, latent_dim=2, learning_rate=5e-4,
-        critic_learning_rate=1e-4, n_critic=2, eval_every=500, sample_bn="running",
-    ),  # ours
+        critic_learning_rate=1e-4, beta1=0.5, n_critic=2, eval_every=500, sample_bn="running",
+    ),  # ours; Deviation 6
 }  # fmt: skip
 VALUE_RANGE = (-1.0, 1.0)
 LOWER_BOUNDS = {"lambda_reg": 0, "gp_target": 0, "data_mmd_weight": 0, "n_generator": 1}
@@ -141,10 +149,14 @@ def resolve(args: Args) -> Args:
     """Return args with its data set's values where None stands; BadInput if they make no run."""
     defaults = DEFAULTS["images"], DEFAULTS.get(datasets.family(args.dataset), {})
     toy = args.dataset in datasets.TOYS
-    method = {"lambda_reg": 1e-3 if args.regularizer != "gp" else 1.0 if toy else 10.0}
     bandwidths = (0.05, 0.1, 0.2, 0.5, 1.0) if toy else (1.0, 2.0, 4.0, 8.0, 16.0)
-    bandwidths = (0.2, 0.5, 1.0, 2.0, 5.0) if args.kernel == "rq" else bandwidths  # Deviation 7
-    args = run.resolve(args, *defaults, method, {"bandwidths": bandwidths}, lower_bounds=LOWER_BOUNDS)
+    if args.kernel == "rq":
+        bandwidths = (0.2, 0.5, 1.0, 2.0, 5.0)  # Deviation 7
+    lambda_reg = 1e-3
+    if args.regularizer == "gp":
+        lambda_reg = 1.0 if toy else 10.0
+    method = {"bandwidths": bandwidths, "lambda_reg": lambda_reg}
+    args = run.resolve(args, *defaults, method, lower_bounds=LOWER_BOUNDS)
     if not toy:
         sides(args.image_size)  # which refuses a size that fits no network
     return args
@@ -162,20 +174,38 @@ def sides(side: int) -> list[int]:
     return found
 
 
-def initialise(module: nn.Module) -> None:
-    """Draw weights from N(0, 0.02^2) and set biases to 0."""
-    if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
-        nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+def initialise(layer: nn.Module, side: int) -> None:
+    """Draw the weights of a layer for images of side pixels from [W]'s uniform laws; set biases to 0."""
+    if isinstance(layer, nn.Linear):
+        std = (2 / (layer.in_features + layer.out_features)) ** 0.5  # Glorot's
+    elif isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+        fan_in, fan_out = 25 * layer.in_channels, 25 * layer.out_channels
+        if isinstance(layer, nn.Conv2d):  # of stride 2: an input is in a quarter of the windows
+            fan_out /= 4
+        else:
+            fan_in /= 4
+        std = (4 / (fan_in + fan_out)) ** 0.5
+    else:
+        return
+    if side not in (28, 32):  # Deviation 6
+        std = 0.02
+    nn.init.uniform_(layer.weight, -std * 3**0.5, std * 3**0.5)
+    nn.init.zeros_(layer.bias)
 
 
-def mlp(inputs: int, width: int, outputs: int, norm: nn.Module) -> nn.Sequential:
-    """Return three hidden layers with norm and a linear one; He's law and Glorot's, as [W]."""
-    dense = [nn.Linear(i, o) for i, o in ((inputs, width), (width, width), (width, width), (width, outputs))]
-    for layer in dense:
-        nn.init.kaiming_uniform_(layer.weight)  # biases are PyTorch's: Deviation 4
-    nn.init.xavier_uniform_(dense[-1].weight)
-    return nn.Sequential(*(m for d in dense[:-1] for m in (d, copy.deepcopy(norm), nn.ReLU())), dense[-1])
+def mlp(inputs: int, width: int, outputs: int, norm: bool) -> nn.Sequential:
+    """Return three hidden layers and a linear one; weights by He's law, the last by Glorot's, as [W]."""
+    layers = []
+    for size in (inputs, width, width):
+        dense = nn.Linear(size, width)  # its biases are PyTorch's: Deviation 4
+        nn.init.kaiming_uniform_(dense.weight)
+        layers.append(dense)
+        if norm:
+            layers.append(nn.GroupNorm(1, width))
+        layers.append(nn.ReLU())
+    last = nn.Linear(width, outputs)
+    nn.init.xavier_uniform_(last.weight)
+    return nn.Sequential(*layers, last)
 
 
 def crop(side: int) -> nn.Module:
@@ -189,17 +219,26 @@ class Generator(nn.Module):
     def __init__(self, shape: tuple[int, ...], latent_dim: int, width: int) -> None:
         super().__init__()
         if len(shape) == 1:
-            self.layers = mlp(latent_dim, width, *shape, nn.Identity())  # Deviation 4
+            self.layers = mlp(latent_dim, width, *shape, norm=False)  # Deviation 4
             return
         *targets, start = sides(shape[1])  # 32, 16, 8 and 4
-        c = width * 2 ** (len(targets) - 1)
-        layers = [nn.Linear(latent_dim, c * start**2), nn.Unflatten(1, (c, start, start))]
+        channels = width * 2 ** (len(targets) - 1)
+        units = channels * start**2
+        to_maps = nn.Unflatten(1, (channels, start, start))
+        layers = [nn.Linear(latent_dim, units)]
+        if shape[1] in (28, 32):  # [W]'s first batch norm is of each unit there, of each channel at 64
+            layers += [nn.BatchNorm1d(units), to_maps, nn.ReLU()]
+        else:
+            layers += [to_maps, nn.BatchNorm2d(channels), nn.ReLU()]
         for side in reversed(targets[1:]):
             # Padding 1 and the crop: 1 row before and 2 after, as "SAME" in [W]; 8x8 becomes 7x7 for 28x28.
-            layers += [nn.BatchNorm2d(c), nn.ReLU(), nn.ConvTranspose2d(c, c // 2, 5, 2, 1), crop(side)]
-            c //= 2
-        layers += [nn.BatchNorm2d(c), nn.ReLU(), nn.ConvTranspose2d(c, shape[0], 5, 2, 1), crop(shape[1])]
-        self.layers = nn.Sequential(*layers, nn.Tanh()).apply(initialise)  # Deviation 5
+            layers += [nn.ConvTranspose2d(channels, channels // 2, 5, 2, 1), crop(side)]
+            channels //= 2
+            layers += [nn.BatchNorm2d(channels), nn.ReLU()]
+        layers += [nn.ConvTranspose2d(channels, shape[0], 5, 2, 1), crop(shape[1]), nn.Tanh()]  # Deviation 5
+        for layer in layers:
+            initialise(layer, shape[1])
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, z: Tensor) -> Tensor:
         return self.layers(z)
@@ -211,16 +250,22 @@ class Critic(nn.Module):
     def __init__(self, shape: tuple[int, ...], feature_dim: int, width: int) -> None:
         super().__init__()
         if len(shape) == 1:
-            self.layers = mlp(*shape, width, feature_dim, nn.GroupNorm(1, width))
+            self.layers = mlp(*shape, width, feature_dim, norm=True)
             return
-        (*sizes, end), layers, i, o = sides(shape[1]), [], shape[0], width
-        for side in sizes:
-            pad = nn.ZeroPad2d((1 + side % 2, 2) * 2)  # "SAME": 1 before and 2 after; odd: 2 and 2
-            norm = nn.GroupNorm(1, o) if layers or len(sizes) == 1 else nn.Identity()
-            layers += [pad, nn.Conv2d(i, o, 5, 2), norm, nn.LeakyReLU(0.2)]
-            i, o = o, 2 * o
-        layers += [nn.Flatten(), nn.Linear(i * end**2, feature_dim)]
-        self.layers = nn.Sequential(*layers).apply(initialise)
+        *targets, end = sides(shape[1])
+        layers = []
+        inputs, outputs = shape[0], width
+        for side in targets:
+            before = 1 + side % 2  # "SAME": 1 row before and 2 after; of odd sides 2 and 2
+            layers += [nn.ZeroPad2d((before, 2, before, 2)), nn.Conv2d(inputs, outputs, 5, 2)]
+            if side < shape[1] or len(targets) == 1:  # all but the first
+                layers.append(nn.GroupNorm(1, outputs))
+            layers.append(nn.LeakyReLU(0.2))
+            inputs, outputs = outputs, 2 * outputs
+        layers += [nn.Flatten(), nn.Linear(inputs * end**2, feature_dim)]
+        for layer in layers:
+            initialise(layer, shape[1])
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
@@ -243,8 +288,13 @@ def regularization(critic: nn.Module, real: Tensor, fake: Tensor, args: Args) ->
         return gradient_penalty(critic, real, fake, args.gp_target)
     if args.regularizer == "weight-decay":
         return sum(w.square().sum() for w in critic.parameters())
-    weights = [w for m in critic.modules() if isinstance(m, nn.GroupNorm) for w in m.parameters()]  # w_n
-    return sum(w.abs().sum() if args.regularizer == "l1" else w.square().sum() for w in weights)
+    weights = []  # w_n
+    for module in critic.modules():
+        if isinstance(module, nn.GroupNorm):
+            weights += [module.weight, module.bias]
+    if args.regularizer == "l1":
+        return sum(w.abs().sum() for w in weights)
+    return sum(w.square().sum() for w in weights)
 
 
 def critic_loss(mmd: Tensor, reg: Tensor, lambda_reg: float) -> Tensor:
@@ -253,7 +303,7 @@ def critic_loss(mmd: Tensor, reg: Tensor, lambda_reg: float) -> Tensor:
 
 
 def generator_loss(mmd: Tensor, data_mmd: Tensor | float, data_mmd_weight: float) -> Tensor:
-    """Return L_G = M + w M_data, minimised; M of features, Eq. (6), M_data of samples, Eq. (10)."""
+    """Return L_G = M + w M_data, minimised: Eq. (6), of features, and what [P] adds with gp, of samples."""
     return mmd + data_mmd_weight * data_mmd
 
 
@@ -406,7 +456,8 @@ def train(args: Args) -> dict[str, float]:
                 reg = regularization(critic, real, fake.detach().float(), args)
                 c_loss = critic_loss(mmd, reg, args.lambda_reg)
             scalars = {"losses/critic": c_loss, "losses/generator": g_loss}
-            scalars |= {"losses/mmd": mmd, "losses/regularization": reg, "losses/data_mmd": data_mmd}
+            scalars |= {"losses/mmd": mmd, "losses/regularization": reg}
+            scalars |= {"losses/data_mmd": data_mmd} if args.data_mmd_weight else {}
             at_zero = kernels.value_at_zero(args.kernel, args.bandwidths)
             scalars |= kernels.block_means(k_xx, k_xy, k_yy, at_zero)
             scalars |= {"charts/steps_per_second": (step - begin_step) / (time.time() - begin)}

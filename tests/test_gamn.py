@@ -128,7 +128,8 @@ def test_networks_of_the_images(shape, width, start, channels):
     convs = sum(25 * i * o for i, o in zip(sizes, sizes[1:]))
     last = channels[-1] * start**2
     generator, mapper = script.Generator(shape, 128, width), script.Critic(shape, 10, width)
-    assert parameters(generator) == convs + 129 * last + sum(sizes[:-1]) + 2 * sum(channels)
+    first = last if shape[1] in (28, 32) else channels[-1]  # of the batch norm: each unit or each channel
+    assert parameters(generator) == convs + 129 * last + sum(sizes[:-1]) + 2 * (first + sum(channels[:-1]))
     normed = channels[1:] or channels
     assert parameters(mapper) == convs + sum(channels) + 10 * last + 10 + 2 * sum(normed)
     fake = generator(torch.randn(3, 128))
@@ -190,6 +191,46 @@ def test_initialisation_on_toys():
     assert last.abs().max().item() == pytest.approx((6 / 522) ** 0.5, rel=0.02)  # Glorot
 
 
+def test_initialisation_of_images():
+    """Uniform: 0.02 sqrt(3) at 64 pixels; at 28 and 32 Glorot's of dense layers, and of convolutions
+    sqrt(3) sqrt(4 / (fan_in + fan_out)) with a stride of 2, so that a quarter of the windows has an input."""
+    torch.manual_seed(0)
+    up = [(12 / (25 * (i / 4 + o))) ** 0.5 for i, o in ((512, 256), (256, 128), (128, 3))]
+    down = [(12 / (25 * (i + o / 4))) ** 0.5 for i, o in ((3, 128), (128, 256), (256, 512))]
+    wanted = {
+        (3, 32, 32): [[(6 / (128 + 8192)) ** 0.5, *up], [*down, (6 / (8192 + 10)) ** 0.5]],
+        (3, 64, 64): [[0.02 * 3**0.5] * 5] * 2,
+        (1, 8, 8): [[0.02 * 3**0.5] * 2] * 2,
+    }
+    for shape, (of_generator, of_mapper) in wanted.items():
+        width = 128 if shape[1] == 32 else 64
+        networks = script.Generator(shape, 128, width), script.Critic(shape, 10, width)
+        for network, bounds in zip(networks, (of_generator, of_mapper)):
+            layers = [
+                m for m in network.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))
+            ]
+            for layer, bound in zip(layers, bounds, strict=True):
+                assert layer.weight.abs().max().item() == pytest.approx(bound, rel=0.01)
+                assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.03)
+                assert not layer.bias.any()
+
+
+def test_adams_first_moment_is_0_at_64_pixels():
+    sets = (
+        "celeba",
+        "lsun-bedroom",
+        "imagenet",
+        "cifar10",
+        "stl10",
+        "mnist",
+        "fashion-mnist",
+        "digits",
+        "swissroll",
+    )
+    found = {name: script.resolve(script.Args(dataset=name)).beta1 for name in sets}
+    assert found == {name: 0.0 if name in sets[:3] else 0.5 for name in sets}
+
+
 # --- training --------------------------------------------------------------------------------------
 
 
@@ -215,6 +256,22 @@ VARIANTS = [
 def test_variants_run(tmp_path, dataset, kwargs):
     assert train(tmp_path, dataset=dataset, **{"n_critic": 1, **kwargs}) == {}
     assert state(tmp_path)["step"] == 3
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_the_mmd_of_samples_is_logged_where_it_is_minimised(tmp_path, weight):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tmp_path, data_mmd_weight=weight, log_every=1)
+    (folder,) = tmp_path.iterdir()
+    curves = EventAccumulator(str(folder)).Reload()
+    assert ("losses/data_mmd" in curves.Tags()["scalars"]) == (weight > 0)
+    if weight:
+        losses = {
+            name: curves.Scalars(f"losses/{name}")[-1].value for name in ("generator", "mmd", "data_mmd")
+        }
+        assert losses["data_mmd"] > 0
+        assert losses["generator"] == pytest.approx(losses["mmd"] + weight * losses["data_mmd"], rel=1e-5)
 
 
 @pytest.mark.parametrize(
