@@ -110,7 +110,7 @@ FLOORS = {
     ("gamn", "smmd_gan"): 77,
     ("mmd_gan_repulsive", "gram_net"): 81,
     ("mmd_gan_repulsive", "mmd_gan"): 72,
-    ("mmd_gan_repulsive", "gamn"): 74,
+    ("mmd_gan_repulsive", "gamn"): 73,
     ("mmd_gan_repulsive", "smmd_gan"): 69,
     ("gmmn", "mmd_gan_repulsive"): 66,
     ("gmmn", "mmd_gan"): 61,
