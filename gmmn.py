@@ -592,12 +592,10 @@ def train(args: Args) -> dict[str, float]:
         if last_or_every(args.log_every):
             finite.check()
             with torch.no_grad():
-                k_xx, k_xy, k_yy = kernels.shifted_gram_blocks(
-                    real_feat, fake_feat, args.kernel, args.bandwidths
-                )
+                blocks = kernels.shifted_gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
             scalars = {"losses/generator": g_loss, "charts/learning_rate": rate}
             at_zero = kernels.value_at_zero(args.kernel, args.bandwidths)
-            scalars |= kernels.block_means(k_xx, k_xy, k_yy, at_zero)
+            scalars |= kernels.block_means(*blocks, at_zero)
             scalars |= {"charts/steps_per_second": (step - begin_step) / (time.time() - begin)}
             for tag, value in scalars.items():
                 writer.add_scalar(tag, value, step)
