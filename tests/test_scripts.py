@@ -112,7 +112,7 @@ FLOORS = {
     ("mmd_gan_repulsive", "mmd_gan"): 72,
     ("mmd_gan_repulsive", "gamn"): 73,
     ("mmd_gan_repulsive", "smmd_gan"): 69,
-    ("gmmn", "mmd_gan_repulsive"): 66,
+    ("gmmn", "mmd_gan_repulsive"): 65,
     ("gmmn", "mmd_gan"): 61,
 }
 
