@@ -226,7 +226,7 @@ class Autoencoder(nn.Module):
         """
         p = AE_DROPOUT[layer]
         if dropout == "mask":
-            x = x * (torch.rand_like(x) > p)
+            x = x * (torch.rand(len(x), x.shape[1], device=x.device) > p)
         activation = self.encoders[layer](x)
         if dropout == "divide":
             activation = activation / (1 - p)

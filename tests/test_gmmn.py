@@ -180,13 +180,13 @@ def test_the_auto_encoder_is_trained_as_the_authors_do(monkeypatch):
         for iteration in range(1, steps + 1):
             batch = x[np.arange(10) + iteration % 11]
             batches.append(batch if iteration <= steps // 2 else 1 - batch)
-        drawn, rand_like = [], torch.rand_like
+        drawn, rand = [], torch.rand
 
-        def recorded(tensor):
-            drawn.append(rand_like(tensor))
+        def recorded(*shape, device):
+            drawn.append(rand(*shape))
             return drawn[-1]
 
-        monkeypatch.setattr(torch, "rand_like", recorded)
+        monkeypatch.setattr(torch, "rand", recorded)
         ours, losses = [], []
         for update in range(1, 3 * steps + 1):
             real = torch.from_numpy(batches[(update - 1) % steps]).view(-1, 1, 3, 4)

@@ -399,6 +399,9 @@ gmmn --seed x     | error: Error parsing --seed: invalid literal for int() with 
 gmmn --seed 99999999999999999999                  | --seed is 99999999999999999999
 gmmn --ae-steps 0 --autoencoder                   | --ae-steps is 0
 gmmn --drop-step -1                               | --drop-step is -1
+gmmn --parzen                                     | --parzen is on, but should be off but for mnist
+gmmn --dataset mnist --train-split all --parzen   | --parzen is on, but should be off but for mnist
+gmmn --dataset mnist --parzen --eval-every 0      | --parzen is on, but should be off with --eval-every 0
 gmmn --momentum 1                                 | --momentum is 1.0
 gmmn --optimizer lbfgs                            | --optimizer
 gmmn --kernel linear                              | 'linear' for argument '--kernel'
