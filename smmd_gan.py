@@ -193,26 +193,42 @@ SCRIPT = Path(__file__).stem
 def resolve(args: Args) -> Args:
     """Return args with its data set's values where None stands; BadInput if they make no run."""
     family = datasets.family(args.dataset)
-    poster = {"lambda_scale": 1.0} if args.scale_form == "poster" else {}
-    kid = {"eval_every": 500 if family == "mnist" else 2000} if args.lr_schedule == "kid" else {}
-    tables = CONSTRAINTS[args.constraint], DEFAULTS["images"], kid, DEFAULTS.get(family, {}), poster
+    toy = args.dataset in datasets.TOYS
+    kid = args.lr_schedule == "kid"
+    poster = args.scale_form == "poster"
+    tables = [CONSTRAINTS[args.constraint], DEFAULTS["images"]]
+    if kid:
+        tables.append({"eval_every": 500 if family == "mnist" else 2000})  # [C]
+    tables.append(DEFAULTS.get(family, {}))
+    if poster:
+        tables.append({"lambda_scale": 1.0})
     args = run.resolve(args, *tables, lower_bounds=LOWER_BOUNDS)
     bandwidths = (0.2, 0.5, 1.0, 2.0, 5.0) if args.kernel in ("rq", "rq-linear") else (1.0,)  # Deviation 5
     args = run.resolve(args, {"bandwidths": bandwidths, "critic_learning_rate": args.learning_rate})
-    ok = args.constraint != "swgan" or (args.kernel, args.feature_dim) == ("linear", 1)
-    run.require(ok, "--constraint", "swgan", "without --kernel and --feature-dim, which are linear and 1")
-    ok = not poster or args.kernel != "distance"
-    run.require(ok, "--kernel", "distance", "another one, smooth: --scale-form is poster")
-    toy, scaled = args.dataset in datasets.TOYS, args.constraint in ("scaled", "swgan")
+
     if not toy:
         levels(args.image_size)  # which refuses a size that fits no network
-    ok = not kid or args.eval_only or (args.eval_every and args.eval_metrics == "all" and not toy)
-    run.require(ok, "--lr-schedule", "kid", "constant: no KID of points, with --eval-every 0 or fid alone")
-    lowest, value = f"at least {LOWEST_RATE}, where --lr-schedule kid ends", args.learning_rate
-    run.require(not kid or value >= LOWEST_RATE, "--learning-rate", value, lowest)
-    run.require(scaled or not poster, "--scale-form", "poster", "left out: this --constraint has no scale")
-    ok = not args.as_coded or args.constraint == "gradient-penalty" or args.kernel == "rq-linear"
-    run.require(ok, "--as-coded", "on", "left out: it is about the gradient penalty and rq-linear")
+    if args.constraint == "swgan":
+        ok = args.kernel == "linear" and args.feature_dim == 1
+        run.require(ok, "--constraint", "swgan", "without --kernel and --feature-dim, which are linear and 1")
+    if poster:
+        ok = args.constraint in ("scaled", "swgan")
+        run.require(ok, "--scale-form", "poster", "left out: this --constraint has no scale")
+        ok = args.kernel != "distance"
+        run.require(ok, "--kernel", "distance", "another one, smooth: --scale-form is poster")
+    if kid and not args.eval_only:
+        ok = args.eval_every > 0 and args.eval_metrics == "all" and not toy
+        run.require(
+            ok, "--lr-schedule", "kid", "constant: no KID of points, with --eval-every 0 or fid alone"
+        )
+        rate, lowest = args.learning_rate, f"at least {LOWEST_RATE}, where --lr-schedule kid ends"
+        run.require(rate >= LOWEST_RATE, "--learning-rate", rate, lowest)
+    if not args.sn_scale:
+        ok = args.critic_norm == "pim"
+        run.require(ok, "--no-sn-scale", "given", "left out, or given with --critic-norm pim")
+    if args.as_coded:
+        ok = args.constraint == "gradient-penalty" or args.kernel == "rq-linear"
+        run.require(ok, "--as-coded", "on", "left out: it is about the gradient penalty and rq-linear")
     return args
 
 
@@ -258,14 +274,15 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu(self.norm1(x))
         if self.up:
-            x = F.interpolate(x, scale_factor=2)
             h = F.interpolate(h, scale_factor=2)
         h = F.relu(self.norm2(self.conv1(h)))
         h = self.conv2(h)
-        if not self.up:
-            x = F.avg_pool2d(x, 2)
+        if self.up:
+            x = F.interpolate(x, scale_factor=2)
+        else:
             h = F.avg_pool2d(h, 2)
-        return self.shortcut(x) + h
+            x = F.avg_pool2d(x, 2)
+        return h + self.shortcut(x)
 
 
 class Generator(nn.Module):

@@ -461,6 +461,7 @@ smmd_gan --constraint swgan --kernel rbf          | --constraint is swgan
 smmd_gan --constraint swgan --feature-dim 2       | --constraint is swgan
 smmd_gan --constraint none --scale-form poster    | --scale-form is poster
 smmd_gan --as-coded                               | --as-coded is on
+smmd_gan --critic-norm none --no-sn-scale         | --no-sn-scale is given
 smmd_gan --scale-form poster --kernel distance    | --kernel is distance
 smmd_gan --lambda-scale -1                        | --lambda-scale is -1.0
 smmd_gan --lambda-gp -1                           | --lambda-gp is -1.0
