@@ -209,26 +209,27 @@ def resolve(args: Args) -> Args:
     if not toy:
         levels(args.image_size)  # which refuses a size that fits no network
     if args.constraint == "swgan":
-        ok = args.kernel == "linear" and args.feature_dim == 1
-        run.require(ok, "--constraint", "swgan", "without --kernel and --feature-dim, which are linear and 1")
+        linear = args.kernel == "linear" and args.feature_dim == 1
+        expected = "without --kernel and --feature-dim, which are linear and 1"
+        run.require(linear, "--constraint", "swgan", expected)
     if poster:
-        ok = args.constraint in ("scaled", "swgan")
-        run.require(ok, "--scale-form", "poster", "left out: this --constraint has no scale")
-        ok = args.kernel != "distance"
-        run.require(ok, "--kernel", "distance", "another one, smooth: --scale-form is poster")
+        scaled = args.constraint in ("scaled", "swgan")
+        run.require(scaled, "--scale-form", "poster", "left out: this --constraint has no scale")
+        expected = "another one, smooth: --scale-form is poster"
+        run.require(args.kernel != "distance", "--kernel", "distance", expected)
     if kid and not args.eval_only:
-        ok = args.eval_every > 0 and args.eval_metrics == "all" and not toy
-        run.require(
-            ok, "--lr-schedule", "kid", "constant: no KID of points, with --eval-every 0 or fid alone"
-        )
-        rate, lowest = args.learning_rate, f"at least {LOWEST_RATE}, where --lr-schedule kid ends"
-        run.require(rate >= LOWEST_RATE, "--learning-rate", rate, lowest)
+        has_kid = args.eval_every > 0 and args.eval_metrics == "all" and not toy
+        expected = "constant: no KID of points, with --eval-every 0 or fid alone"
+        run.require(has_kid, "--lr-schedule", "kid", expected)
+        expected = f"at least {LOWEST_RATE}, where --lr-schedule kid ends"
+        run.require(args.learning_rate >= LOWEST_RATE, "--learning-rate", args.learning_rate, expected)
     if not args.sn_scale:
-        ok = args.critic_norm == "pim"
-        run.require(ok, "--no-sn-scale", "given", "left out, or given with --critic-norm pim")
+        expected = "left out, or given with --critic-norm pim"
+        run.require(args.critic_norm == "pim", "--no-sn-scale", "given", expected)
     if args.as_coded:
-        ok = args.constraint == "gradient-penalty" or args.kernel == "rq-linear"
-        run.require(ok, "--as-coded", "on", "left out: it is about the gradient penalty and rq-linear")
+        about = args.constraint == "gradient-penalty" or args.kernel == "rq-linear"
+        expected = "left out: it is about the gradient penalty and rq-linear"
+        run.require(about, "--as-coded", "on", expected)
     return args
 
 
@@ -523,8 +524,8 @@ def between(real: Tensor, fake: Tensor) -> Tensor:
 
 def gradient_penalty(m: Tensor, m_feat: Tensor, real_feat: Tensor, fake_feat: Tensor, args: Args) -> Tensor:
     """Return E (||grad w(m)|| - 1)^2 for m (n, *shape) and features (n, d); all three get gradients."""
-    k_mx = kernels.gram_blocks(m_feat, real_feat, args.kernel, args.bandwidths)[1]
-    k_my = kernels.gram_blocks(m_feat, fake_feat, args.kernel, args.bandwidths)[1]
+    _, k_mx, _ = kernels.gram_blocks(m_feat, real_feat, args.kernel, args.bandwidths)
+    _, k_my, _ = kernels.gram_blocks(m_feat, fake_feat, args.kernel, args.bandwidths)
     witness = k_mx.mean(1) - k_my.mean(1)  # w(m) = mean_i k(phi(m), phi(x_i)) - mean_j k(phi(m), phi(y_j))
     (grad,) = torch.autograd.grad(witness.sum(), m, create_graph=True)
     norm2 = grad.flatten(1).square().sum(1)

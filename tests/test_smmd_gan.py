@@ -817,6 +817,18 @@ def test_defaults_by_constraint(tmp_path):
     assert args["lambda_scale"] == 1.0
 
 
+def test_images_per_update_and_steps_between_tests_of_kid():
+    """On ImageNet those of three GPUs with 64 each; [C] tests every 2000 steps, on MNIST every 500."""
+    per_update = {
+        name: S.resolve(S.Args(dataset=name)).batch_size for name in ("imagenet", "cifar10", "celeba")
+    }
+    assert per_update == {"imagenet": 192, "cifar10": 64, "celeba": 64}
+    every = lambda name, **given: S.resolve(S.Args(dataset=name, lr_schedule="kid", **given)).eval_every  # noqa: E731
+    assert [every(name) for name in ("cifar10", "celeba", "mnist", "fashion-mnist")] == [2000, 2000, 500, 500]
+    assert (every("digits"), every("cifar10", eval_every=7)) == (250, 7)
+    assert S.resolve(S.Args(dataset="cifar10")).eval_every == 10_000
+
+
 def test_rate_falls_where_kid_stops_improving(tmp_path, monkeypatch):
     """Those of steps 0 to 9 are not tested, 10 to 12 fail: 0.8 for both players, kept by a checkpoint."""
     tests = []
