@@ -688,7 +688,6 @@ def train(args: Args) -> dict[str, float]:
     generator = Generator(data.shape, args.latent_dim, args.width).to(device)
     critic = Critic(data.shape, args.feature_dim, args.width).to(device)
     normalise(critic, args.critic_norm, args.sn_scale)
-    penalised = args.constraint == "gradient-penalty"
     g_optimizer = torch.optim.Adam(generator.parameters(), args.learning_rate, (args.beta1, args.beta2))
     c_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, (args.beta1, args.beta2))
     models = dict(generator=generator, critic=critic, g_optimizer=g_optimizer, c_optimizer=c_optimizer)
@@ -752,23 +751,24 @@ def train(args: Args) -> dict[str, float]:
         torch.manual_seed(run.mix(args.seed, run.Stream.STEP, step, rank))
         # Critic: several updates, each with a batch of its own.
         for _ in range(critic_steps(step, args)):
-            real = data.batch(drawn).requires_grad_()  # the scale differentiates by it
+            real = data.batch(drawn)
             drawn += 1
             noise = draw_noise(len(real), args, device)
-            with autocast, nn.utils.parametrize.cached():  # weights are normalised once for all forwards
+            with autocast:
                 with torch.no_grad():
                     fake = generator(noise)
-                real_out, fake_out = critic(real), critic(fake)
-                real_feat, fake_feat = real_out[-1], fake_out[-1]
-                if penalised:
-                    m = between(real, fake.float())
-                    m_feat = critic(m)[-1].float()
+                with nn.utils.parametrize.cached():  # weights are normalised once for all forwards
+                    real_out, fake_out = critic(real.requires_grad_()), critic(fake)  # for the scale
+                    if args.constraint == "gradient-penalty":
+                        m = between(real, fake.float())
+                        m_feat = critic(m)[-1].float()
+            real_feat, fake_feat = real_out[-1], fake_out[-1]
             scale = distance_scale(real_feat.float(), real, args, create_graph=True)
             real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
             k_xx, k_xy, k_yy = kernels.shifted_gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
             distance = critic_distance(real_feat, fake_feat, k_xx, k_xy, k_yy, args)
             c_loss = critic_loss(distance, scale)
-            if penalised:
+            if args.constraint == "gradient-penalty":
                 c_loss = c_loss + args.lambda_gp * gradient_penalty(m, m_feat, real_feat, fake_feat, args)
                 c_loss = c_loss + args.lambda_activation * activation_penalty(real_out, fake_out)
             c_optimizer.zero_grad()
@@ -778,12 +778,13 @@ def train(args: Args) -> dict[str, float]:
             c_optimizer.step()
 
         # Generator: one update, with a new batch.
-        real = data.batch(drawn).requires_grad_()
+        real = data.batch(drawn)
         drawn += 1
         noise = draw_noise(len(real), args, device)
-        with autocast, nn.utils.parametrize.cached():
+        with autocast:
             fake = generator(noise)
-            real_feat, fake_feat = critic(real)[-1], critic(fake)[-1]
+            with nn.utils.parametrize.cached():
+                real_feat, fake_feat = critic(real.requires_grad_())[-1], critic(fake)[-1]
         # The scale depends on the critic and the real images alone: a constant to the generator.
         scale = distance_scale(real_feat.float(), real, args, create_graph=False)
         real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
