@@ -475,6 +475,7 @@ def hold_out(data: datasets.Images) -> tuple[datasets.Images, Tensor]:
 def train(args: Args) -> dict[str, float]:
     """Train, evaluate and save; return the final metrics."""
     # Set-up: nothing is written before all that can be wrong with the input has been found.
+    command = run.command(args)
     args = resolve(args)
     device, rank, world_size = run.start(args.device)
     evaluator = evaluation.Evaluator(args) if args.eval_every or args.eval_only else None
@@ -498,15 +499,16 @@ def train(args: Args) -> dict[str, float]:
         best = copy.deepcopy(autoencoder)
         ae_optimizer = Momentum(list(autoencoder.parameters()), AE_RATE, 0.0)
         models |= {"autoencoder": autoencoder, "best_autoencoder": best, "ae_optimizer": ae_optimizer}
+    models["data"] = data  # of which a checkpoint knows what it is, so that no other is gone on with
     if args.ema_decay:
         models["ema"] = copy.deepcopy(generator)
     step = run.load_checkpoint(args, SCRIPT, models, False, {"parzen"})  # 0 without --resume
     if args.compile:
         generator.compile()
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    autocast = run.autocast(device, args.precision)
 
     # Run folder
-    folder = run.make_folder(args, SCRIPT, rank)
+    folder = run.make_folder(args, SCRIPT, command, rank)
     ae_total, ae_done = (3 * args.ae_steps, int(autoencoder.updates)) if args.autoencoder else (0, 0)
     writer = run.make_writer(folder, args, step + ae_done - ae_total, rank)  # the auto-encoder's end at 0
     finite = run.Finite()
@@ -517,7 +519,8 @@ def train(args: Args) -> dict[str, float]:
 
     def save() -> None:
         finite.check()
-        writer.flush()  # the curves up to a checkpoint are not lost with what comes after it
+        with run.failures_noted():
+            writer.flush()  # the curves up to a checkpoint are not lost with what comes after it
         run.save_checkpoint(folder, args, SCRIPT, step, models, rank)
 
     def sample(n: int, i: int) -> Tensor:
@@ -529,11 +532,13 @@ def train(args: Args) -> dict[str, float]:
             return autoencoder.decode(fake) if args.autoencoder else fake
 
     def evaluate() -> None:
+        finite.check()
         metrics.update(evaluator.metrics(sample))
         if args.parzen:
             metrics.update(evaluation.from_first(lambda: parzen(held_out, test, sample)))
         run.save_results(folder, writer, args, step, metrics, evaluator.protocol, rank)
 
+    @run.failures_noted()
     def picture() -> None:
         if rank == 0:
             path = folder / "samples" / f"{step:07d}.png"
@@ -557,7 +562,7 @@ def train(args: Args) -> dict[str, float]:
         ae_loss = update_autoencoder(autoencoder, best, ae_optimizer, data, real, update, args.ae_steps)
         finite.note(update, autoencoder=ae_loss)
         if args.log_every and update % args.log_every == 0:
-            writer.add_scalar("losses/autoencoder", ae_loss, update - ae_total)
+            run.write_scalars(writer, {"losses/autoencoder": ae_loss}, update - ae_total)
         stopping = run.stop_asked(update)
         if (args.save_every and update % args.save_every == 0) or update == ae_total or stopping:
             save()
@@ -597,8 +602,7 @@ def train(args: Args) -> dict[str, float]:
             at_zero = kernels.value_at_zero(args.kernel, args.bandwidths)
             scalars |= kernels.block_means(*blocks, at_zero)
             scalars |= {"charts/steps_per_second": (step - begin_step) / (time.time() - begin)}
-            for tag, value in scalars.items():
-                writer.add_scalar(tag, value, step)
+            run.write_scalars(writer, scalars, step)
         if last_or_every(args.sample_every):
             picture()
         if args.eval_every and last_or_every(args.eval_every):

@@ -676,6 +676,7 @@ def lower_rates(
 def train(args: Args) -> dict[str, float]:
     """Train, evaluate and save; return the final metrics."""
     # Set-up: nothing is written before all that can be wrong with the input has been found.
+    command = run.command(args)
     args = resolve(args)
     device, rank, world_size = run.start(args.device)
     evaluator = evaluation.Evaluator(args) if args.eval_every or args.eval_only else None
@@ -692,6 +693,7 @@ def train(args: Args) -> dict[str, float]:
     c_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, (args.beta1, args.beta2))
     models = dict(generator=generator, critic=critic, g_optimizer=g_optimizer, c_optimizer=c_optimizer)
     run.prepare(models, device)  # on GPUs: channels last, batch norm over all processes
+    models["data"] = data  # of which a checkpoint knows what it is, so that no other is gone on with
     if args.ema_decay:
         models["ema"] = copy.deepcopy(generator)
     models["lr_schedule"] = schedule = KidSchedule(0.8, args.eval_features)  # Deviation 9
@@ -699,10 +701,10 @@ def train(args: Args) -> dict[str, float]:
     if args.compile:
         generator.compile()
         critic.compile(disable=args.constraint != "none")  # its gradient is differentiated again
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    autocast = run.autocast(device, args.precision)
 
     # Run folder
-    folder = run.make_folder(args, SCRIPT, rank)
+    folder = run.make_folder(args, SCRIPT, command, rank)
     writer = run.make_writer(folder, args, step, rank)
     finite = run.Finite()
     metrics = {}
@@ -712,7 +714,8 @@ def train(args: Args) -> dict[str, float]:
 
     def save() -> None:
         finite.check()
-        writer.flush()  # the curves up to a checkpoint are not lost with what comes after it
+        with run.failures_noted():
+            writer.flush()  # the curves up to a checkpoint are not lost with what comes after it
         run.save_checkpoint(folder, args, SCRIPT, step, models, rank)
 
     def sample(n: int, i: int) -> Tensor:
@@ -723,9 +726,11 @@ def train(args: Args) -> dict[str, float]:
             return run.for_sampling(model, args.sample_bn)(draw_noise(n, args, device)).float()
 
     def evaluate() -> None:
+        finite.check()
         metrics.update(evaluator.metrics(sample))
         run.save_results(folder, writer, args, step, metrics, evaluator.protocol, rank)
 
+    @run.failures_noted()
     def picture() -> None:
         if rank == 0:
             path = folder / "samples" / f"{step:07d}.png"
@@ -810,8 +815,7 @@ def train(args: Args) -> dict[str, float]:
             scalars |= kernels.block_means(k_xx, k_xy, k_yy, at_zero)
             scalars |= condition_numbers(critic) if args.log_condition_numbers else {}
             scalars |= {"charts/steps_per_second": (step - begin_step) / (time.time() - begin)}
-            for tag, value in scalars.items():
-                writer.add_scalar(tag, value, step)
+            run.write_scalars(writer, scalars, step)
         if last_or_every(args.sample_every):
             picture()
         if args.eval_every and last_or_every(args.eval_every):

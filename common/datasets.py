@@ -93,6 +93,18 @@ class Batches:
         expected = f"a multiple of the {n} processes, at least 2 for each"
         require(size % n == 0 and size >= 2 * n, "--batch-size", size, expected)
 
+    def state_dict(self) -> dict:
+        """Return what tells these data from others, to be kept in a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict | None) -> None:
+        """Compare with what state_dict gave in an earlier run; BadInput if that had other data."""
+        if state is None:
+            print("warning: the checkpoint is older than the comparison of its data with those of now")
+        elif state != self.state_dict():
+            expected = f"the {state.get('count')} images of before, unchanged, there or at another place"
+            raise BadInput(f"--resume: the images of {self.name} ({self.state_dict()}) should be {expected}")
+
     def own_part(self, whole: Tensor) -> Tensor:
         """Return this process's rows of the global batch."""
         n = self.batch_size // self.world_size
@@ -128,6 +140,12 @@ class Images(Batches):
         self.epoch = self.next = -1
         here = self.images.device.type == self.device.type and self.images.nbytes <= IN_MEMORY
         self.reader = None if here else ThreadPoolExecutor(1)
+
+    def state_dict(self) -> dict:
+        """Return the number of images, and a hash of 256 of them (or all, where there are no more)."""
+        chosen = torch.linspace(0, len(self.images) - 1, min(256, len(self.images))).long()
+        pixels = self.images[chosen.to(self.images.device)].cpu().contiguous().numpy()
+        return {"count": len(self.images), "sha256": hashlib.sha256(pixels).hexdigest()}
 
     def batch(self, i: int) -> Tensor:
         """Return batch i, (batch_size / world_size, c, h, w) float32 in value_range.

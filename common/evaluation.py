@@ -512,7 +512,7 @@ def main(args: Args) -> dict[str, float]:
 
 if __name__ == "__main__":
     try:
-        main(run.cli(Args))
+        main(tyro.cli(Args))
         run.end()
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,14 +3,19 @@
 import contextlib
 import dataclasses
 import importlib.util
+import inspect
 import io
 import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
+import tempfile
+import threading
 import time
+import zipfile
 from enum import IntEnum
 from pathlib import Path
 
@@ -18,6 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
@@ -42,6 +48,8 @@ UPPER_BOUNDS = {
 }  # fmt: skip
 BATCH_NORM = nn.modules.batchnorm._BatchNorm  # all kinds
 SIGNALS: list[int] = []  # that asked this process to stop
+FAILURES: list[OSError] = []  # of writing what is not the checkpoint: they end the run once that is saved
+LOCKS: list[FileLock] = []  # of run folders, until the process ends
 
 
 class Stream(IntEnum):
@@ -86,63 +94,94 @@ def main(train, args_class: type) -> None:
         SIGNALS.append(number)
         signal.signal(number, signal.SIG_DFL)
 
+    def report(failed) -> None:  # of a thread; TensorBoard's raises OSError in this one, too
+        if not issubclass(failed.exc_type, OSError):
+            threading.__excepthook__(failed)
+
     handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    threading.excepthook = report
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, there may be none
     try:
         train(parse(args_class))
         end()
-    except (BadInput, Failed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, BadInput) else 1)
+        sys.stdout.flush()
+    except (BadInput, Failed, OSError) as error:
+        give_up(error)
     finally:
         SIGNALS.clear()
+        FAILURES.clear()
+        threading.excepthook = threading.__excepthook__
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
+def give_up(error: Exception) -> None:
+    """Print error as one line on stderr, and exit; what cannot be printed any more is dropped."""
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"error: {error}\n")):
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:  # a closed pipe, a full disk: Python would try again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(2 if isinstance(error, BadInput) else 1)
+
+
 def parse(args_class: type, argv: list[str] | None = None):
-    """Return the arguments of a command line; with --resume, those of its run where none is given."""
-    args = cli(args_class, argv)
+    """Return the arguments of a command line; with --resume, those of its run where none is given.
+
+    What tyro cannot use it says itself, and exits with status 2.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    names = [field.name for field in dataclasses.fields(args_class) if field.type is bool]
+    switches = [f"--{name.replace('_', '-')}" for name in names]
+    for switch, value in zip(argv, argv[1:]):
+        ok = switch not in switches or value.startswith("-")
+        require(ok, f"what follows {switch}", value, f"left out: it is {switch} or --no-{switch[2:]}")
+    args = tyro.cli(args_class, args=argv)
     if args.resume is None:
         return args
-    try:
-        saved = json.loads(Path(args.resume, "args.json").read_text())
-        saved = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
-        default = args_class(**saved | {"resume": args.resume, "eval_only": False})
-        known = "train_split" in saved
-    except (OSError, TypeError, AttributeError, ValueError) as error:
-        raise BadInput(f"--resume {args.resume}: not a run folder of this script ({error})") from error
-    args = cli(args_class, argv, default=default)
+    args = tyro.cli(args_class, args=argv, default=saved_arguments(args.resume, args_class))
     # Runs of before that argument had splits that were the script's.
     expected = "given with a run that is older than it: train or all, as its script had it then"
-    require(known or args.train_split, "--train-split", "left out", expected)
+    require(args.train_split, "--train-split", "left out", expected)
     return args
 
 
-def cli(args_class: type, argv: list[str] | None = None, **default):
-    """Return what tyro makes of a command line; what it cannot use is BadInput."""
-    text, said = io.StringIO(), io.StringIO()
+def words(values: dict) -> list[str]:
+    """Return arguments, given by name, as the words of a command line; None has none."""
+    result = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            result.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, (tuple, list)):
+            result += [f"--{flag}", *map(str, value)]
+        elif value is not None:
+            result += [f"--{flag}", str(value)]
+    return result
+
+
+def saved_arguments(folder: str, args_class: type):
+    """Return the arguments of a run folder, with --resume; BadInput if they are not those of this script."""
     try:
-        with contextlib.redirect_stderr(text), contextlib.redirect_stdout(said):
-            return tyro.cli(args_class, args=argv, **default)
-    except SystemExit as error:
-        if error.code == 0:
-            print(group(said.getvalue(), [field.name for field in dataclasses.fields(args_class)]), end="")
-            raise
-        # tyro draws a box with a title: what follows it, on one line.
-        said = re.sub("[^ -~]|-{4,}", " ", text.getvalue().partition("\n")[2])
-        said = re.split("Got errors|Argument helptext|For full helptext", said)[0]
-        raise BadInput(f"{said} (see --help)") from error
+        saved = json.loads(Path(folder, "args.json").read_text())
+        with contextlib.redirect_stderr(io.StringIO()):
+            saved = words(saved | {"resume": folder, "eval_only": False})
+            return tyro.cli(args_class, args=saved, add_help=False)
+    except (OSError, TypeError, AttributeError, ValueError, SystemExit) as error:
+        problem = "args.json has other arguments" if isinstance(error, SystemExit) else error
+        raise BadInput(f"--resume {folder}: not a run folder of this script ({problem})") from error
 
 
-def group(text: str, names: list[str]) -> str:
-    """Return tyro's help with a heading before the method's arguments, those after the one that is last in
-    every script's run block."""
-    if "track" not in names:
-        return text
-    first = f"  --{names[names.index('track') + 1].replace('_', '-')}"
-    rule = max(text.splitlines(), key=lambda line: line.count("-"))
-    text = text.replace(" options ", " run (the same in every script) ", 1)
-    return text.replace(f"\n{first}", f"\n\n method\n{rule}\n{first}", 1)
+def command(args) -> str:
+    """Return a command that starts this run: the script, and what differs from its defaults or its run's."""
+    default = saved_arguments(args.resume, type(args)) if args.resume else type(args)()
+    changed = {name: value for name, value in vars(args).items() if value != getattr(default, name)}
+    if args.resume:
+        changed = {"resume": args.resume} | changed
+    processes = os.environ.get("WORLD_SIZE", "1")
+    start = ["python"] if processes == "1" else ["torchrun", "--nproc-per-node", processes]
+    return shlex.join([*start, os.path.relpath(inspect.getfile(type(args))), *words(changed)])
 
 
 def resolve(args, *tables: dict, lower_bounds: dict[str, float] | None = None):
@@ -156,18 +195,27 @@ def resolve(args, *tables: dict, lower_bounds: dict[str, float] | None = None):
     for name, value in vars(args).items():
         flag, numbers = f"--{name.replace('_', '-')}", value if isinstance(value, tuple) else (value,)
         require(len(numbers) > 0, flag, value, "one number or more")
+        readable = not isinstance(value, str) or value.encode(errors="ignore").decode() == value
+        require(readable, flag, ascii(value), "a name in UTF-8, which TensorBoard needs")
         for number in numbers:
             if isinstance(number, (int, float)):
                 low, high = bounds.get(name, -1e15), UPPER_BOUNDS.get(name, 1e15)  # their squares are floats
                 require(number >= low, flag, value, f"at least {low}")
                 require(number <= high, flag, value, f"at most {high}")
-    ok = not args.track or importlib.util.find_spec("wandb")
-    require(ok, "--track", "on", "off where wandb is missing (pip install wandb)")
+    if args.track:
+        missing = importlib.util.find_spec("wandb") is None
+        require(not missing, "--track", "on", "off where wandb is missing (pip install wandb)")
+        import wandb
+
+        try:
+            wandb.login()
+        except Exception as error:
+            raise BadInput(f"--track is on, but Weights & Biases cannot be used: {error}") from error
     require(not args.eval_only or args.resume, "--eval-only", "given alone", "given with --resume RUN")
     if "train_split" in defaults and (args.eval_every or args.eval_only):
         splits = args.train_split, args.eval_split
         published = splits == (defaults["train_split"], defaults["eval_split"])
-        if not published and splits != ("train", "test") and int(os.environ.get("RANK", 0)) == 0:
+        if not published and splits != ("train", "test") and os.environ.get("RANK", "0") == "0":
             print(f"warning: images of --eval-split {splits[1]} are trained on (--train-split {splits[0]})")
     return args
 
@@ -177,7 +225,6 @@ def resolve(args, *tables: dict, lower_bounds: dict[str, float] | None = None):
 
 def start(device: str) -> tuple[torch.device, int, int]:
     """Return device, rank and world size; under torchrun, join the other processes first."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     try:
@@ -189,10 +236,23 @@ def start(device: str) -> tuple[torch.device, int, int]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # TF32 as PyTorch has it: in convolutions, not in products
-    if world_size > 1 and not dist.is_initialized():
-        gpu = device.type == "cuda"
-        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
+    try:
+        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if world_size > 1 and not dist.is_initialized():
+            gpu = device.type == "cuda"
+            dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
+    except (RuntimeError, ValueError) as error:
+        problem = f"the processes do not find each other ({error})"
+        raise BadInput(f"{problem}; torchrun sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT") from error
     return device, rank, world_size
+
+
+def autocast(device: torch.device, precision: str):
+    """Return the context in which networks run; a warning says where bf16 is slow."""
+    slow = precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if slow and os.environ.get("RANK", "0") == "0":
+        print("warning: --precision bf16 is slower than fp32 on this processor: it has no such instructions")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def end() -> None:
@@ -250,13 +310,34 @@ def mix(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+@contextlib.contextmanager
+def failures_noted():
+    """Note what cannot be written in this block: stop_asked then has the run saved, and leave ends it."""
+    try:
+        yield
+    except OSError as error:
+        FAILURES.append(error)
+
+
+def raise_failure(remedy: str) -> None:
+    """Raise Failed if something could not be written."""
+    if FAILURES:
+        error = FAILURES[0]
+        FAILURES.clear()
+        raise Failed(f"{error}; {remedy}")
+
+
 def stop_asked(step: int) -> bool:
-    """Return whether SIGTERM or Ctrl-C came. Several processes agree on it, at every tenth step."""
+    """Return whether SIGTERM or Ctrl-C came, or something could not be written.
+
+    Several processes agree on it, at every tenth step.
+    """
     if not several():
-        return bool(SIGNALS)
+        return bool(SIGNALS or FAILURES)
     if step % 10 > 0:
         return False
-    number = torch.tensor(max(SIGNALS, default=0), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    number = max(SIGNALS, default=1 if FAILURES else 0)
+    number = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(number, dist.ReduceOp.MAX)
     SIGNALS[:] = [number.item()] if number else []
     return bool(SIGNALS)
@@ -264,14 +345,18 @@ def stop_asked(step: int) -> bool:
 
 def finish(writer, folder: Path, args, rank: int) -> None:
     """Close the curves, and end standard output with where everything is."""
-    writer.close()
+    with failures_noted():
+        writer.close()
+    raise_failure(f"the checkpoint in {folder} is whole")
     if rank == 0:
         print(f"{folder} has what came out; tensorboard --logdir {args.runs_dir} shows the curves")
 
 
 def leave(writer, folder: Path, step: int) -> None:
-    """Exit with the status that the signal has by convention, saying how to go on."""
-    writer.close()
+    """Exit with the status that the signal has by convention, saying how to go on; Failed if none came."""
+    with failures_noted():
+        writer.close()
+    raise_failure(f"step {step} is saved, and --resume {folder} goes on from there")
     if not several() or dist.get_rank() == 0:  # which alone knows the folder
         tqdm.write(f"stopped by signal {SIGNALS[0]} after step {step}; go on with --resume {folder}")
     end()
@@ -313,9 +398,14 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
 # --- run folder and checkpoint -------------------------------------------------------------------
 
 
-def make_folder(args, script: str, rank: int) -> Path:
-    """Make runs/{dataset}__{script}__{seed}__{time}/ with args.json; with --resume, return to that run's."""
-    name = f"{args.dataset.replace(':', '-').replace('/', '-')}__{script}__{args.seed}"
+def make_folder(args, script: str, command: str, rank: int) -> Path:
+    """Make runs/{dataset}__{script}__{seed}__{time}/ with args.json; with --resume, return to that run's.
+
+    No other process may be in it. BadInput: one is, or the folder cannot be written; if that is so with
+    --eval-only, return a temporary one.
+    """
+    dataset = os.fsencode(args.dataset)[-100:].decode(errors="ignore")  # a file's name has 255 bytes at most
+    name = f"{dataset.replace(':', '-').replace('/', '-')}__{script}__{args.seed}"
     first = Path(args.resume or Path(args.runs_dir, f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"))
     folder, again = first, 1
     if rank > 0:
@@ -327,13 +417,20 @@ def make_folder(args, script: str, rank: int) -> Path:
                 break
             except FileExistsError:  # another run, started in the same second
                 folder, again = first.with_name(f"{first.name}-{again}"), again + 1
+        LOCKS.append(FileLock(folder / "lock", is_singleton=True))  # this process may come again
+        LOCKS[-1].acquire(timeout=0)
         (folder / "samples").mkdir(exist_ok=True)
         if not args.eval_only:
             write_json(folder / "args.json", dataclasses.asdict(args))
+    except Timeout as error:
+        raise BadInput(f"--resume {folder}: another process is at work on this run") from error
     except OSError as error:
-        raise BadInput(f"run folder {folder} (--runs-dir) cannot be written: {error}") from error
-    options = [f"--{key.replace('_', '-')} {value}" for key, value in dataclasses.asdict(args).items()]
-    print(f"{script}.py", *options, f"\nin {folder}", flush=True)
+        if not args.eval_only:
+            raise BadInput(f"run folder {folder} (--runs-dir) cannot be written: {error}") from error
+        folder = Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
+        (folder / "samples").mkdir()
+        print(f"warning: {args.resume} cannot be written ({error})")
+    print(command, f"in {folder}", sep="\n", flush=True)
     return folder
 
 
@@ -352,7 +449,8 @@ def write_whole(path: Path, write) -> None:
 
 def write_json(path: Path, content: dict) -> None:
     """Write content as JSON, whole or not at all."""
-    write_whole(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 class Silent:
@@ -371,10 +469,23 @@ def make_writer(folder: Path, args, step: int, rank: int):
     if args.track:
         import wandb
 
-        wandb.init(project="mmd", name=folder.name, id=folder.name, resume="allow", sync_tensorboard=True)
+        name, config = re.sub(r"[^\w.-]", "-", folder.name), dataclasses.asdict(args)
+        wandb.init(project="mmd", name=name, id=name, config=config, resume="allow", sync_tensorboard=True)
+    # TensorBoard reads files by the second in their names: a clock that was set back would mix the curves.
+    older = sorted(folder.glob("events.out.tfevents.*"))
+    if older and older[-1].name >= f"events.out.tfevents.{int(time.time()):010}":
+        for i, file in enumerate(older):
+            file.rename(folder / re.sub(r"\.tfevents\.\d+", f".tfevents.{i:010}", file.name))
     writer = SummaryWriter(folder, purge_step=step + 1)
     writer.add_text("arguments", table(dataclasses.asdict(args)), step)
     return writer
+
+
+def write_scalars(writer, scalars: dict[str, object], step: int) -> None:
+    """Write points of curves, given by tag."""
+    with failures_noted():
+        for tag, value in scalars.items():
+            writer.add_scalar(tag, value, step)
 
 
 def table(content: dict) -> str:
@@ -389,10 +500,13 @@ def save_results(folder: Path, writer, args, step: int, metrics: dict, protocol:
     protocol = protocol | {"train_split": args.train_split}
     protocol |= {"batch_norm": args.sample_bn, "ema_decay": args.ema_decay}
     for name, value in metrics.items():
-        writer.add_scalar(f"eval/{name}", value, step)
-    writer.add_text("eval/protocol", table(protocol), step)
-    write_json(folder / "results.json", {"step": step, "metrics": metrics, "protocol": protocol})
-    tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        if not math.isfinite(value):
+            raise Failed(f"{name} was {value} at step {step}; {folder / 'results.json'} is as it was")
+    write_scalars(writer, {f"eval/{name}": value for name, value in metrics.items()}, step)
+    with failures_noted():
+        writer.add_text("eval/protocol", table(protocol), step)
+        write_json(folder / "results.json", {"step": step, "metrics": metrics, "protocol": protocol})
+        tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
 
 def save_checkpoint(folder: Path, args, script: str, step: int, models: dict, rank: int) -> None:
@@ -408,7 +522,8 @@ def save_checkpoint(folder: Path, args, script: str, step: int, models: dict, ra
         head = {"script": script, "args": dataclasses.asdict(args), "step": step}
         write_whole(path, lambda file: torch.save(head | state, file))
     except (OSError, RuntimeError) as error:
-        raise Failed(f"{path} could not be written ({error}); it is still the last good state") from error
+        left = "it is still the last good state" if path.exists() else "it is gone"
+        raise Failed(f"{path} could not be written ({error}); {left}") from error
 
 
 def load_checkpoint(
@@ -423,8 +538,14 @@ def load_checkpoint(
         return 0
     path = Path(args.resume, "checkpoint.pt")
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip() or any(entry.external_attr for entry in archive.infolist())
+        if damaged:  # torch.load looks at no checksum, and leaves out what is marked as a folder
+            raise ValueError("its checksums are not those of its content")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        saved, saved_script = state["args"], state["script"]
+        saved, saved_script, step = state["args"], state["script"], state["step"]
+        if not isinstance(step, int):
+            raise TypeError(f"its step is {step}")
     except Exception as error:
         raise BadInput(f"--resume: {path} is missing, damaged or no checkpoint ({error!r:.90})") from error
     require(saved_script == script, "--resume", args.resume, f"a run of {script}.py, not {saved_script}.py")
@@ -432,19 +553,20 @@ def load_checkpoint(
     may_change = MAY_CHANGE | own
     if evaluations_count and not args.eval_only:
         may_change = may_change - EVAL_ARGS
-    changed = [
-        f"--{key.replace('_', '-')} {value} (was {saved.get(key)})"
-        for key, value in dataclasses.asdict(args).items()
-        if key not in may_change and value != saved.get(key)
-    ]
+    changed = []
+    for key, value in dataclasses.asdict(args).items():
+        was = saved.get(key)
+        moved = key == "dataset" and value.startswith("folder:") and str(was).startswith("folder:")
+        if value != was and key not in may_change and not moved:  # moved images are compared below
+            changed.append(f"--{key.replace('_', '-')} {value} (was {was})")
     require(not changed, "--resume", args.resume, f"without a change of {', '.join(changed)}")
-    ok = args.eval_only or args.total_steps >= state["step"]
-    require(ok, "--total-steps", args.total_steps, f"{state['step']} or more")
+    require(args.eval_only or args.total_steps >= step, "--total-steps", args.total_steps, f"{step} or more")
+    state.setdefault("data", None)  # runs of before had none
     try:
         for name, model in models.items():
             model.load_state_dict(state[name])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         problem = f"does not fit the networks of {script}.py ({error!s:.90})"
         raise BadInput(f"--resume: {path} {problem}") from error
-    check_replicas(models, state["step"])
-    return state["step"]
+    check_replicas(models, step)
+    return step

@@ -11,6 +11,7 @@ import os
 import random
 import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -30,7 +31,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from common import datasets, run
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py"))
+ALL = sorted(p.stem for p in ROOT.glob("*.py"))
+README = (ROOT / "README.md").read_text()
+SCRIPTS = [script for script in ALL if f"`{script}.py` |" in README]  # others need only run
 SMALL = ["--width", "16", "--batch-size", "16", "--log-every", "1", "--eval-samples", "32"]
 METHOD = {"gmmn": ["--ae-steps", "2"], "gamn": ["--n-generator", "2"]}
 
@@ -186,7 +189,7 @@ def test_usage_lines_parse(script):
 # --- a run -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ALL)
 @pytest.mark.parametrize("dataset", ["digits", "ring3d"])
 def test_run_folder(script, dataset, tmp_path, capsys):
     folder = train(script, "--dataset", dataset, "--total-steps", "2", "--eval-every", "2", runs=tmp_path)
@@ -201,7 +204,9 @@ def test_run_folder(script, dataset, tmp_path, capsys):
     assert {"losses/generator", *(f"eval/{name}" for name in results["metrics"])} <= set(tags)
     assert {"kernel/k_xx", "kernel/k_xy", "kernel/k_yy"} <= set(tags)
     assert [step for step, _ in tags["losses/generator"]] == [1, 2]
-    assert str(folder) in capsys.readouterr().out.splitlines()[-1]
+    said = capsys.readouterr().out.splitlines()
+    assert str(folder) in said[-1]
+    assert shlex.split(said[0])[:2] == ["python", os.path.relpath(ROOT / f"{script}.py")]
     arguments = json.loads((folder / "args.json").read_text())
     assert arguments["learning_rate"] is not None  # resolved
 
@@ -282,19 +287,15 @@ def test_killed_at_any_moment(kills, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_is_in_two_groups(script, capsys):
+def test_help_describes_every_flag(script, capsys):
     args_class = import_module(script).Args
     with pytest.raises(SystemExit) as exit_:
         run.parse(args_class, ["--help"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     assert not re.search("--- (run|method) ---", text), "a flag's help must end the line that the flag begins"
-    shared, method = text.split("\n method\n")
-    flags = [f"\n  --{field.name.replace('_', '-')}" for field in fields(args_class)]
-    cut = flags.index("\n  --track") + 1
-    assert " run (the same in every script)" in shared
-    assert all(flag in shared for flag in flags[:cut])
-    assert all(flag in method and flag not in shared for flag in flags[cut:])
+    for field in fields(args_class):
+        assert f"--{field.name.replace('_', '-')} " in text or f"--{field.name.replace('_', '-')}," in text
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -367,15 +368,29 @@ def test_track_mirrors_the_curves_or_is_refused(tmp_path, monkeypatch):
     calls = []
     wandb = types.ModuleType("wandb", "a stand-in")
     wandb.__spec__, wandb.init = importlib.machinery.ModuleSpec("wandb", None), lambda **kw: calls.append(kw)
+    wandb.login = lambda: None
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     folder = train("gmmn", "--track", "--total-steps", "1", "--eval-every", "0", runs=tmp_path)
-    assert [(call["id"], call["sync_tensorboard"]) for call in calls] == [(folder.name, True)]
+    (call,) = calls
+    assert (call["id"], call["sync_tensorboard"]) == (folder.name, True)
+    assert json.loads(json.dumps(call["config"])) == json.loads((folder / "args.json").read_text())
+    run.LOCKS.pop().release(force=True)  # of the folder's old name
+    train("gmmn", "--track", "--resume", str(folder.rename(tmp_path / "a #1")), runs=tmp_path)
+    assert calls[1]["id"] == "a--1"  # W&B takes no other signs
+
+    def not_logged_in():
+        raise ValueError("No API key configured")
+
+    wandb.login = not_logged_in
+    with pytest.raises(run.BadInput, match="--track is on, but Weights & Biases cannot be used: No API key"):
+        train("gmmn", "--track", runs=tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 def test_two_runs_in_the_same_second_get_two_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "strftime", lambda _: "same")
     args = import_module("gmmn").Args(runs_dir=str(tmp_path))
-    folders = {run.make_folder(args, "gmmn", 0) for _ in range(3)}
+    folders = {run.make_folder(args, "gmmn", "python gmmn.py", 0) for _ in range(3)}
     assert len(folders) == 3
 
 
@@ -390,12 +405,10 @@ gmmn --dataset 8gaussians --autoencoder           | --autoencoder is on
 gmmn --batch-size 0                               | --batch-size is 0
 gmmn --batch-size 1798                            | --batch-size is 1798, but should be at most 1797
 gmmn --batch-size 1                               | --batch-size is 1
-gmmn --batch-size 2.5                             | --batch-size
 gmmn --total-steps -1                             | --total-steps is -1
 gmmn --width 0                                    | --width is 0, but should be at least 16
 gmmn --image-size 0                               | --image-size is 0
 gmmn --seed -1                                    | --seed is -1
-gmmn --seed x     | error: Error parsing --seed: invalid literal for int() with base 10: 'x' (see --help)
 gmmn --seed 99999999999999999999                  | --seed is 99999999999999999999
 gmmn --ae-steps 0 --autoencoder                   | --ae-steps is 0
 gmmn --drop-step -1                               | --drop-step is -1
@@ -403,8 +416,6 @@ gmmn --parzen                                     | --parzen is on, but should b
 gmmn --dataset mnist --train-split all --parzen   | --parzen is on, but should be off but for mnist
 gmmn --dataset mnist --parzen --eval-every 0      | --parzen is on, but should be off with --eval-every 0
 gmmn --momentum 1                                 | --momentum is 1.0
-gmmn --optimizer lbfgs                            | --optimizer
-gmmn --kernel linear                              | 'linear' for argument '--kernel'
 gmmn --log-every -5                               | --log-every is -5
 gmmn --sample-every -5                            | --sample-every is -5
 gmmn --save-every -5                              | --save-every is -5
@@ -413,7 +424,6 @@ gmmn --ema-decay nan                              | --ema-decay is nan
 gmmn --bandwidths 1 0                             | --bandwidths is (1.0, 0.0)
 gmmn --bandwidths inf                             | --bandwidths is (inf,)
 gmmn --bandwidths                                 | --bandwidths is ()
-gmmn --bandwidths 1 x                             | --bandwidths
 gmmn --learning-rate 0                            | --learning-rate is 0.0
 gmmn --learning-rate nan                          | --learning-rate is nan
 gmmn --latent-dim 0                               | --latent-dim is 0
@@ -421,7 +431,6 @@ gmmn --feature-dim 0                              | --feature-dim is 0
 gmmn --device nonsense                            | --device nonsense
 gmmn --device meta                                | --device meta
 gmmn --device cuda:7                              | --device cuda:7
-gmmn --precision fp8                              | --precision
 gmmn --eval-split test                            | --eval-split is test
 gmmn --eval-only                                  | --eval-only
 gmmn --eval-samples 2                             | --eval-samples is 2
@@ -429,13 +438,10 @@ gmmn --eval-features inception --inception-weights nowhere.pth | --inception-wei
 gmmn --resume nowhere                             | --resume nowhere
 gmmn --resume README.md                           | --resume README.md
 gmmn --runs-dir README.md/runs                    | README.md/runs
-gmmn --no-such-flag                               | error: Unrecognized options: --no-such-flag (see --help)
-gmmn stray                                        | stray
 gamn --lambda-reg -1                              | --lambda-reg is -1.0
 gamn --gp-target -1                               | --gp-target is -1.0
 gamn --data-mmd-weight -1                         | --data-mmd-weight is -1.0
 gamn --n-generator 0                              | --n-generator is 0
-gamn --regularizer l3                             | --regularizer
 gamn --dataset folder:. --eval-features pixels    | should be a folder with images (no image below .)
 mmd_gan --lambda-ae -1                            | --lambda-ae is -1.0
 mmd_gan --lambda-rank inf                         | --lambda-rank is inf
@@ -456,7 +462,6 @@ mmd_gan_repulsive --sn-gain 1e300                 | --sn-gain is 1e+300
 gmmn --seed 1HUGE                                 | --seed is 1000
 mmd_gan_repulsive --beta1 1                       | --beta1 is 1.0
 mmd_gan_repulsive --image-size 7                  | --image-size is 7
-mmd_gan_repulsive --kernel laplacian              | 'laplacian' for argument '--kernel'
 smmd_gan --constraint swgan --kernel rbf          | --constraint is swgan
 smmd_gan --constraint swgan --feature-dim 2       | --constraint is swgan
 smmd_gan --constraint none --scale-form poster    | --scale-form is poster
@@ -476,7 +481,6 @@ smmd_gan --warmup-critic 0                        | --warmup-critic is 0
 gram_net --ridge -1                               | --ridge is -1.0
 gram_net --positivity-weight -1                   | --positivity-weight is -1.0
 gram_net --as-coded notebook --positivity clip    | --positivity is clip
-gram_net --as-coded tensorflow                    | --as-coded
 gram_net --critic-width 0                         | --critic-width is 0
 gram_net --critic-width 99999999                  | --critic-width is 99999999
 gram_net --beta2 1                                | --beta2 is 1.0
@@ -493,6 +497,24 @@ gmmn --width 999999999999999999999                | --width is 99999999999999999
 smmd_gan --feature-dim 99999999999                | --feature-dim is 99999999999
 smmd_gan --bandwidths 1e300                       | --bandwidths is (1e+300,)
 gram_net --bandwidths 1e-200                      | --bandwidths is (1e-200,)
+gmmn --compile True                               | what follows --compile is True, but should be left out
+gmmn --track --compile 1 --seed 2                 | what follows --compile is 1
+gmmn --train-split all                            | --train-split is all, but should be train
+""".strip().splitlines()
+# What tyro refuses: it says so itself.
+MISTYPED = """
+gmmn --batch-size 2.5
+gmmn --seed x
+gmmn --optimizer lbfgs
+gmmn --kernel linear
+gmmn --bandwidths 1 x
+gmmn --precision fp8
+gmmn --no-such-flag
+gmmn stray
+gamn --regularizer l3
+mmd_gan_repulsive --kernel laplacian
+gram_net --as-coded tensorflow
+gmmn --train-split test
 """.strip().splitlines()
 
 
@@ -513,6 +535,22 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path, monkeypatch, c
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir() if path.name != "nowhere"] == ["README.md"]
+
+
+@pytest.mark.parametrize("command", MISTYPED)
+def test_what_is_mistyped_is_named(command, tmp_path, monkeypatch, capsys):
+    script, *options = command.split()
+    module = import_module(script)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *options])
+    with pytest.raises(SystemExit) as exit_:
+        run.main(module.train, module.Args)
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert options[-1] in error
+    assert options[0] in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
