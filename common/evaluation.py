@@ -193,40 +193,67 @@ def pixels(images: Tensor) -> tuple[Tensor]:
 
 
 class Statistics:
-    """Running mean and covariance, in float64, of features that are not kept (Chan et al. 1979)."""
+    """Mean and covariance, in float64, of features of which no more are kept than they have dimensions."""
 
     def __init__(self) -> None:
-        self.n = 0
+        self.n, self.kept = 0, []
 
     def add(self, features: Tensor) -> None:
         """Take in features (n, d)."""
-        x = features.double()
+        self.kept.append(features)
+        if sum(map(len, self.kept)) > features.shape[1]:
+            self.fold()
+
+    def fold(self) -> None:
+        """Put what is kept into the running mean and sums of products (Chan et al. 1979)."""
+        x, self.kept = torch.cat(self.kept).double(), []
         if self.n == 0:
             self.mean, self.products = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1], x.shape[1])
         mean, n = x.mean(0), self.n + len(x)
-        shift, x = mean - self.mean, x - mean
-        self.products.addmm_(x.T, x).addr_(shift, shift, alpha=self.n * len(x) / n)
+        shift, x = mean - self.mean, x.sub_(mean).numpy()
+        self.products += torch.from_numpy(x.T @ x)  # of which NumPy, as it is symmetric, computes half
+        self.products.addr_(shift, shift, alpha=self.n * len(x) / n)
         self.mean, self.n = self.mean + shift * (len(x) / n), n
 
     def result(self) -> dict[str, Tensor]:
-        """Return mean (d,) and unbiased covariance (d, d)."""
+        """Return mean (d,) and unbiased covariance (d, d), or, of n <= d features, its root (n, d)."""
+        if self.n == 0:
+            x = torch.cat(self.kept).double()
+            return {"mean": x.mean(0), "root": (x - x.mean(0)) / math.sqrt(len(x) - 1)}
+        if self.kept:
+            self.fold()
         return {"mean": self.mean, "covariance": self.products / (self.n - 1)}
 
 
 def frechet_distance(x: dict[str, Tensor], y: dict[str, Tensor]) -> float:
     """Return the Frechet distance of two Gaussians, given as Statistics.result gives them.
 
-    |mean_x - mean_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)). With C_x = A A^T the trace of the root is the sum
-    of the roots of the eigenvalues of the symmetric A^T C_y A. A is Cholesky's factor or, where C_x is
-    singular (fewer samples than dimensions, constant pixels), V w^(1/2) from C_x = V w V^T.
+    |mean_x - mean_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)). With C_x = A^T A the trace of the root is the sum
+    of the roots of the eigenvalues of the symmetric A C_y A^T; with C_y = B^T B, of the singular values of
+    A B^T. A is the root of few samples, Cholesky's factor or, where C_x is singular (constant pixels),
+    w^(1/2) V^T from C_x = V w V^T.
     """
-    factor, singular = torch.linalg.cholesky_ex(x["covariance"])
-    if singular:
-        w, v = torch.linalg.eigh(x["covariance"])
-        factor = v * w.clamp_min(0).sqrt()
-    roots = torch.linalg.eigvalsh(factor.T @ y["covariance"] @ factor).clamp_min(0).sqrt()
-    traces = x["covariance"].trace() + y["covariance"].trace()
-    return ((x["mean"] - y["mean"]).square().sum() + traces - 2 * roots.sum()).item()
+    if "root" not in x:
+        x, y = y, x  # the distance is symmetric
+    root = x["root"] if "root" in x else matrix_root(x["covariance"])
+    if "root" in y:
+        trace_y = y["root"].square().sum()
+        trace_of_root = torch.linalg.svdvals(root @ y["root"].T).sum()
+    else:
+        trace_y = y["covariance"].trace()
+        squares = torch.linalg.eigvalsh(root @ y["covariance"] @ root.T)
+        trace_of_root = squares.clamp_min(0).sqrt().sum()
+    means = (x["mean"] - y["mean"]).square().sum()
+    return (means + root.square().sum() + trace_y - 2 * trace_of_root).item()
+
+
+def matrix_root(covariance: Tensor) -> Tensor:
+    """Return some A (d, d) with A^T A = covariance (d, d)."""
+    lower, singular = torch.linalg.cholesky_ex(covariance)
+    if not singular:
+        return lower.T
+    w, v = torch.linalg.eigh(covariance)
+    return w.clamp_min(0).sqrt()[:, None] * v.T
 
 
 def cubic_kernel(x: Tensor, y: Tensor) -> Tensor:
@@ -243,14 +270,66 @@ def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100, size: int = 1000) 
     x, y: features (n, d) and (m, d), of which each subset has min(size, n / 2, m / 2), drawn without
     replacement.
     """
-    generator, n = torch.Generator().manual_seed(0), min(len(x), len(y))
-    size, values = min(size, n // 2), []
+    generator, n, d = torch.Generator().manual_seed(0), min(len(x), len(y)), x.shape[1]
+    size, of_x, of_y = min(size, n // 2), [], []
     for _ in range(subsets):
-        a = x[torch.randperm(len(x), generator=generator)[:size]].double()
-        b = y[torch.randperm(len(y), generator=generator)[:size]].double()
-        blocks = cubic_kernel(a, a), cubic_kernel(a, b), cubic_kernel(b, b)
-        values.append(kernels.mmd2(*blocks, "unbiased").item())
-    return np.mean(values).item(), np.std(values, ddof=1).item() * (size / (n - size) + 1 / subsets) ** 0.5
+        of_x.append(torch.randperm(len(x), generator=generator)[:size])
+        of_y.append(torch.randperm(len(y), generator=generator)[:size])
+    # <x, y> + d = <x - c, y - c> + x_term + y_term. The first is small, and the rounding errors of its
+    # float32 products average out; all else is float64.
+    centre = x.mean(0)
+    c = centre.double()
+    x_term, y_term = (
+        torch.cat([rows.double() @ c for rows in z.split(256)]) + (d - c @ c) / 2 for z in (x, y)
+    )
+    if max(len(x), len(y)) <= subsets**0.5 * size:  # all pairs are no more than those of the subsets
+        everything = torch.ones(len(x), dtype=torch.bool), torch.ones(len(y), dtype=torch.bool)
+        in_x = torch.zeros(len(x), subsets, dtype=torch.float64).scatter_(0, torch.stack(of_x, 1), 1)
+        in_y = torch.zeros(len(y), subsets, dtype=torch.float64).scatter_(0, torch.stack(of_y, 1), 1)
+        groups = [(*everything, in_x, in_y)]
+    else:
+        whole = torch.ones(size, 1, dtype=torch.float64)
+        groups = [(i, j, whole, whole) for i, j in zip(of_x, of_y)]
+    values = []
+    for i, j, in_x, in_y in groups:
+        real, fake = (x[i] - centre, x_term[i], in_x), (y[j] - centre, y_term[j], in_y)
+        within = cube_sums(real, real) + cube_sums(fake, fake)
+        values.append(within / (size * (size - 1)) - 2 * cube_sums(real, fake) / size**2)
+    values = torch.cat(values) / d**3
+    return values.mean().item(), values.std().item() * (size / (n - size) + 1 / subsets) ** 0.5
+
+
+def cube_sums(x: tuple[Tensor, Tensor, Tensor], y: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Return sum_ij (<x_i, y_j> + x_term_i + y_term_j)^3, for each subset over its pairs, (subsets,) float64.
+
+    x, y: points (n, d), terms (n,), and in which subsets each point is, (n, subsets) of 0 and 1. If y is x,
+    the sums are over i != j.
+    """
+    (x, x_term, in_x), (y, y_term, in_y), same = x, y, y is x
+    sums = torch.zeros(in_x.shape[1], dtype=torch.float64)
+    for rows in slices(len(x), 1000):
+        for columns in slices(len(y), 1000):
+            diagonal = same and rows == columns
+            if same and columns.start < rows.start:
+                continue  # its mirror image counts twice
+            if diagonal:
+                matrix = x[rows].numpy()
+                products = torch.from_numpy(matrix @ matrix.T)  # of which NumPy computes half
+            else:
+                products = x[rows] @ y[columns].T
+            for part in slices(len(products), 32):  # as much as stays in a cache
+                k = products[part].double().add_(x_term[rows][part, None]).add_(y_term[columns])
+                k = (k * k).mul_(k)
+                if diagonal:
+                    k[:, part].fill_diagonal_(0)
+                part_sums = ((k @ in_y[columns]) * in_x[rows][part]).sum(0)
+                sums += part_sums if diagonal or not same else 2 * part_sums
+    return sums
+
+
+def slices(n: int, size: int) -> list[slice]:
+    """Return 0 to n in parts of size and a rest."""
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def ms_ssim(images: Tensor) -> tuple[Tensor]:

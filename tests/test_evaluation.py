@@ -20,7 +20,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mmd_gan_repulsive
-from common import datasets, evaluation, run
+from common import datasets, evaluation, kernels, run
 from common.evaluation import Evaluator, common_mmd2, kernel_distance, toy_metrics
 from common.run import BadInput
 
@@ -74,10 +74,10 @@ def test_frechet_distance_agrees_with_torch_fidelity():
 
 
 @pytest.mark.parametrize(
-    ("n", "m", "d"), [(12, 9, 40), (12, 90, 40), (90, 12, 40), (41, 41, 40), (6, 300, 200)]
+    ("n", "m", "d"), [(40, 40, 40), (12, 9, 40), (12, 90, 40), (90, 12, 40), (41, 41, 40), (6, 300, 200)]
 )
 def test_frechet_distance_of_singular_covariances(n, m, d):
-    """tr (C_x C_y)^(1/2) is the nuclear norm of X Y' / sqrt((n-1)(m-1)), X and Y centred: n, m < d."""
+    """tr (C_x C_y)^(1/2) is the nuclear norm of X Y' / sqrt((n-1)(m-1)), X and Y centred; n or m up to d."""
     x, y = randn(n, d, seed=1), 2 * randn(m, d, seed=2) + 1
     a = (x - x.mean(0)).numpy() / math.sqrt(n - 1)
     b = (y - y.mean(0)).numpy() / math.sqrt(m - 1)
@@ -120,6 +120,28 @@ def test_kernel_distance_has_the_standard_error_that_repetition_shows(n):
     sets = ((randn(n, 3, seed=seed), randn(n, 3, seed=1000 + seed) + 0.5) for seed in range(100))
     values, errors = np.array([kernel_distance(x, y, 20, 40) for x, y in sets]).T
     assert np.std(values, ddof=1) == pytest.approx(np.sqrt(np.mean(errors**2)), rel=0.25)
+
+
+@pytest.mark.parametrize("subsets", [100, 6])
+def test_kernel_distance_is_that_of_float64_from_float32_products(subsets):
+    """To 1e-6, of features like Inception's, for which KID is near 0.003, from all pairs and subset by subset:
+    against float64 on the same subsets."""
+    factors = 0.1 * randn(8, 64, seed=3)
+    x, y = (
+        (0.35 + (randn(n, 8, seed=seed) + mean) @ factors + 0.2 * randn(n, 64, seed=seed + 5)).relu().float()
+        for n, seed, mean in ((700, 1, 0), (600, 2, 0.1))
+    )
+    found = kernel_distance(x, y, subsets, 200)
+    expected = kernel_distance(x.double(), y.double(), subsets, 200)
+    generator, values = torch.Generator().manual_seed(0), []
+    for _ in range(subsets):
+        a, b = (f[torch.randperm(len(f), generator=generator)[:200]].double() for f in (x, y))
+        values.append(
+            kernels.mmd2(*((p @ q.T / 64 + 1) ** 3 for p, q in ((a, a), (a, b), (b, b))), "unbiased")
+        )
+    assert expected[0] == pytest.approx(np.mean(values), rel=1e-9)
+    assert 0.001 < expected[0] < 0.005
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_kernel_distance_is_float64_where_float32_is_not_enough():
