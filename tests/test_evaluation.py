@@ -124,7 +124,7 @@ def test_kernel_distance_has_the_standard_error_that_repetition_shows(n):
 
 @pytest.mark.parametrize("subsets", [100, 6])
 def test_kernel_distance_is_that_of_float64_from_float32_products(subsets):
-    """To 1e-6, of features like Inception's, for which KID is near 0.003, from all pairs and subset by subset:
+    """To 1e-6, of features like Inception's, of which KID is near 0.003; from all pairs and subset by subset,
     against float64 on the same subsets."""
     factors = 0.1 * randn(8, 64, seed=3)
     x, y = (
