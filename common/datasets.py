@@ -29,10 +29,11 @@ import torchvision
 from filelock import FileLock
 from PIL import Image, ImageOps, TiffImagePlugin
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import center_crop, resize
 from tqdm import tqdm
 
-from common.run import SIGNALS, BadInput, Stream, mix, require, several
+from common.run import SIGNALS, BadInput, Failed, Stream, mix, require, several
 
 TOYS = {  # name: dimension
     "8gaussians": 2,
@@ -67,7 +68,7 @@ LARGE = {"stl10": 48, "celeba": 64, "lsun-bedroom": 64, "imagenet": 64}  # conve
 IN_MEMORY = 4e9  # bytes; of more images a memory map is read
 LANCZOS = Image.Resampling.LANCZOS
 CHUNK = 1024  # images converted, and made safe on the disk, at a time
-TASK = 64  # of those, by one thread at a time
+TASK = 64  # of those, by one process at a time
 REDUCE = 4  # how many times the size that is wanted a JPEG still has that is decoded at 1/2, 1/4 or 1/8
 # Formats that Pillow lists but only recognises, and EPS, for which it runs another program.
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -281,7 +282,7 @@ def load_images(name: str, data_dir: str, image_size: int | None, split: str) ->
         images = torch.cat([_read(name, data_dir, part) for part in parts])
         if several() and dist.get_rank() == 0:
             dist.barrier()
-    except BadInput:
+    except (BadInput, Failed):
         raise
     except Exception as error:  # whatever a reader says of files that are not there or not whole
         require(not folder, "--dataset", name, f"a folder with images ({error})")
@@ -374,7 +375,7 @@ def _convert(name: str, data_dir: Path, size: int, parts: tuple[str, ...]) -> Te
     path, shape = data_dir / "cache" / cache, (found.count, 3, size, size)
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(found.left_out.items()))
     note = f"; left out: {reasons}" if reasons else ""
-    write_array(path, shape, found.items, lambda numbered: crop(name, size, *numbered), note)
+    write_array(path, shape, found.items, functools.partial(crop, name, size), note)
     images = np.load(path, mmap_mode="r" if math.prod(shape) > IN_MEMORY else None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a map that cannot be written: one that can needs the memory
@@ -449,6 +450,12 @@ def find_lmdb(folder: str) -> Found:
     return Found(count, ((env, key) for key in keys), [f"{folder}/data.mdb"])
 
 
+def read_lmdb(env, key: bytes) -> bytes:
+    """Return what an LMDB database has under a key."""
+    with env.begin() as transaction:
+        return transaction.get(key)
+
+
 def find_imagenet(root: Path, parts: tuple[str, ...]) -> Found:
     """Return the images below imagenet/; its test images are those to validate."""
     return join([find_folder(f"{root}/imagenet/{'train' if part == 'train' else 'val'}") for part in parts])
@@ -514,7 +521,7 @@ def extensions() -> set[str]:
     return {end for end, name in Image.registered_extensions().items() if name in decoded}
 
 
-def crop(name: str, size: int, number: int, item: str | np.ndarray | tuple) -> np.ndarray:
+def crop(name: str, size: int, number: int, item: str | np.ndarray | bytes) -> np.ndarray:
     """Return image number of a set as uint8 (3, size, size), cut and scaled as the set's papers do.
 
     celeba: covers 72x88, of which the central 64x64 is left (Wang et al. 2019), and so in proportion; at 160
@@ -542,10 +549,10 @@ def crop(name: str, size: int, number: int, item: str | np.ndarray | tuple) -> n
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-def decode(item: str | np.ndarray | tuple, enough: int, upright: bool) -> Image.Image:
+def decode(item: str | np.ndarray | bytes, enough: int, upright: bool) -> Image.Image:
     """Return an image as RGB of 8 bits; what is transparent is laid on white.
 
-    item: a file's name, pixels (3, width, height), or LMDB's environment and key.
+    item: a file's name, a file's content, or pixels (3, width, height).
     enough: a JPEG is decoded at 1/8, 1/4 or 1/2 of its size if its sides are multiples of that (no pixel is
     moved then) and still as long as enough. Scaled down fourfold or more afterwards, photos differ by 0.22 of
     255 levels, no pixel by more than 7 (of four photos, three qualities, sides 16 to 160).
@@ -555,15 +562,13 @@ def decode(item: str | np.ndarray | tuple, enough: int, upright: bool) -> Image.
     """
     if isinstance(item, np.ndarray):
         return Image.fromarray(item.transpose(2, 1, 0))
-    if isinstance(item, tuple):
-        environment, key = item
-        with environment.begin() as transaction:
-            item = io.BytesIO(transaction.get(key))
-    with Image.open(item, formats=formats()) as image:
+    file = io.BytesIO(item) if isinstance(item, bytes) else item
+    with Image.open(file, formats=formats()) as image:
         for divisor in (8, 4, 2):
             if all(side % divisor == 0 and side // divisor >= enough for side in image.size):
                 image.draft(None, (image.width // divisor, image.height // divisor))
                 break
+        image.load()
         if upright:
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":
@@ -571,7 +576,7 @@ def decode(item: str | np.ndarray | tuple, enough: int, upright: bool) -> Image.
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
@@ -593,19 +598,16 @@ def to_8_bits(image: Image.Image) -> Image.Image:
 def write_array(
     path: Path, shape: tuple[int, ...], items: Iterable, convert: Callable, note: str = ""
 ) -> None:
-    """Write convert((i, item)) of all items as uint8 to a .npy file, whole or not at all; note is printed.
+    """Write convert(i, item) of all items as uint8 to a .npy file, whole or not at all; note is printed.
 
     What a killed process left is gone on from, but for the last chunk, which may not have reached the disk.
     One process writes, others wait for it. A file of another size or header is made anew. BadInput: it cannot
-    be written, or convert raised it. SystemExit: a signal asked to stop.
+    be written, or convert raised it. Failed: a process was killed. SystemExit: a signal asked to stop.
     """
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
     start, row, partial = header.getvalue(), math.prod(shape[1:]), path.with_suffix(".partial")
     whole = len(start) + shape[0] * row
-
-    def convert_all(task: list) -> np.ndarray:
-        return np.stack([convert(numbered) for numbered in task])
 
     def size(file: Path) -> int:
         return file.stat().st_size if file.exists() and file.open("rb").read(len(start)) == start else 0
@@ -614,7 +616,7 @@ def write_array(
         return
     print(f"{path} is made once, of {shape[0]:,} images{note}", flush=True)
     try:
-        with FileLock(path.with_suffix(".lock")), ThreadPoolExecutor() as pool:
+        with FileLock(path.with_suffix(".lock")):
             if size(path) == whole:
                 return
             done = max(0, size(partial) - len(start) - 1) // (CHUNK * row) * CHUNK
@@ -624,20 +626,70 @@ def write_array(
             with open(partial, "ab") as file, bar:
                 file.truncate(len(start) + done * row if done else 0)
                 file.write(b"" if done else start)
-                numbered = islice(enumerate(items), done, None)
-                while chunk := list(islice(numbered, CHUNK)):
+                for part in convert_all(islice(enumerate(items), done, None), shape[0] - done, convert):
+                    file.write(part)
+                    done += len(part)
+                    bar.update(len(part))
+                    if done % CHUNK == 0:
+                        file.flush()
+                        os.fsync(file.fileno())
                     if SIGNALS:
                         print(f"stopped by signal {SIGNALS[0]}; the same command goes on from here")
                         sys.exit(128 + SIGNALS[0])
-                    tasks = [chunk[i : i + TASK] for i in range(0, len(chunk), TASK)]
-                    for part in pool.map(convert_all, tasks):
-                        file.write(part)
-                    file.flush()
-                    os.fsync(file.fileno())
-                    bar.update(len(chunk))
             os.replace(partial, path)
     except BadInput:  # what mends it changes the name of the file
         partial.unlink(missing_ok=True)
         raise
     except OSError as error:
         raise BadInput(f"--data-dir: {path} cannot be written ({error})") from error
+
+
+def convert_all(numbered: Iterable[tuple], count: int, convert: Callable) -> Iterable[np.ndarray]:
+    """Yield convert(i, item) of count numbered items (i, item), TASK at a time as an array, in their order.
+
+    Of more than 2 TASKs each core converts some, in a process of its own: threads wait for one another
+    wherever Pillow runs Python, and two take as long as one for small images.
+    BadInput: convert raised it. Failed: a process was killed.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(cores, 16) if count > 2 * TASK else 0
+    loader = DataLoader(
+        Converter(convert),
+        batch_size=None,
+        sampler=tasks(numbered),
+        num_workers=workers,
+        collate_fn=unchanged,
+        generator=torch.Generator(),  # or it would draw from the global one
+    )
+    try:
+        for part in loader:
+            if isinstance(part, BadInput):
+                raise part
+            yield part
+    except RuntimeError as error:
+        raise Failed(f"a process that converts images is gone; the same command goes on ({error})") from error
+
+
+def tasks(numbered: Iterable[tuple]) -> Iterable[list[tuple]]:
+    """Yield numbered items (i, item) in lists; those of LMDB are read here, where it is open."""
+    numbered = iter(numbered)
+    while task := list(islice(numbered, min(TASK, CHUNK))):
+        yield [(i, read_lmdb(*item) if isinstance(item, tuple) else item) for i, item in task]
+
+
+class Converter(Dataset):
+    """What a DataLoader's processes do with a task, a list of (i, item)."""
+
+    def __init__(self, convert: Callable) -> None:
+        self.convert = convert
+
+    def __getitem__(self, task: list[tuple]) -> np.ndarray | BadInput:
+        try:
+            return np.stack([self.convert(number, item) for number, item in task])
+        except BadInput as error:
+            return error  # raised, it would come with a traceback in its text
+
+
+def unchanged(part: np.ndarray | BadInput) -> np.ndarray | BadInput:
+    """Return a part as it is, an array, which a DataLoader would make a tensor in shared memory."""
+    return part

@@ -23,7 +23,7 @@ from conftest import Malicious
 from PIL import EpsImagePlugin, Image, ImageOps
 
 from common import datasets, evaluation
-from common.run import BadInput
+from common.run import BadInput, Failed
 
 CPU = torch.device("cpu")
 
@@ -888,19 +888,71 @@ def test_the_cache_is_named_after_all_that_its_images_depend_on(photos, tmp_path
     assert cache_file().name == f"folder-train-8-{key.hexdigest()[:16]}.npy"
 
 
-def test_images_are_converted_in_tasks_of_64(tmp_path, monkeypatch):
-    """A task for each image costs more than a small image does."""
-    tasks = []
+def pixel(number, item):
+    return np.array([item, os.getpid() % 256], np.uint8)
 
-    class Pool(datasets.ThreadPoolExecutor):
-        def submit(self, function, *args):
-            tasks.append(args)
-            return super().submit(function, *args)
 
-    monkeypatch.setattr(datasets, "ThreadPoolExecutor", Pool)
-    datasets.write_array(tmp_path / "x.npy", (130, 1), range(130), lambda item: np.full(1, item[1], np.uint8))
-    assert len(tasks) == 3
-    assert np.load(tmp_path / "x.npy").flatten().tolist() == [*range(130)]
+@pytest.mark.parametrize(("count", "processes"), [(128, 1), (129, 2), (5 * 64 + 1, 2)])
+def test_many_images_are_converted_by_a_process_for_each_core(tmp_path, monkeypatch, count, processes):
+    """In tasks of 64, by turns; fewer are converted here. The global generator stays where it was."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    state = torch.get_rng_state()
+    datasets.write_array(tmp_path / "x.npy", (count, 2), (i % 256 for i in range(count)), pixel)
+    assert torch.equal(torch.get_rng_state(), state)
+    found = np.load(tmp_path / "x.npy")
+    np.testing.assert_array_equal(found[:, 0], np.arange(count) % 256)
+    by = [{*found[i : i + 64, 1]} for i in range(0, count, 64)]
+    assert all(len(pids) == 1 for pids in by)
+    assert len(set.union(*by)) == processes
+    assert processes == 1 or {os.getpid() % 256} not in by
+
+
+def refuse(number, item):
+    if number == 200:
+        raise BadInput("image 200 cannot be read")
+    return np.zeros(1, np.uint8)
+
+
+def test_a_process_that_cannot_read_an_image_says_so_in_one_line(tmp_path):
+    with pytest.raises(BadInput) as caught:
+        datasets.write_array(tmp_path / "x.npy", (300, 1), range(300), refuse)
+    assert str(caught.value) == "image 200 cannot be read"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.lock"]
+
+
+def slow(number, item):
+    time.sleep(0.01)
+    return np.full(1, item, np.uint8)
+
+
+def test_a_conversion_by_several_processes_that_is_killed_goes_on(tmp_path, monkeypatch):
+    """As soon as those are gone too, which look every five seconds whether there is anybody to work for."""
+    monkeypatch.setattr(datasets, "CHUNK", 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    file, partial = tmp_path / "x.npy", tmp_path / "x.partial"
+    convert = lambda: datasets.write_array(file, (640, 1), (i % 256 for i in range(640)), slow)  # noqa: E731
+    pid = in_child(convert)
+    while not (partial.exists() and partial.stat().st_size > 128 + 130):
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    assert not file.exists()
+    convert()
+    assert np.load(file).flatten().tolist() == [i % 256 for i in range(640)]
+
+
+def gone(number, item):
+    if number == 200:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return np.zeros(1, np.uint8)
+
+
+def test_a_process_that_is_killed_ends_a_conversion_which_goes_on_later(tmp_path, monkeypatch):
+    """As the system does when memory is short."""
+    monkeypatch.setattr(datasets, "CHUNK", 64)
+    with pytest.raises(Failed, match="a process that converts images is gone; the same command goes on"):
+        datasets.write_array(tmp_path / "x.npy", (640, 1), range(640), gone)
+    assert (tmp_path / "x.partial").stat().st_size >= 128
 
 
 def in_child(function):
@@ -1019,7 +1071,7 @@ def test_images_are_read_no_further_than_a_chunk_ahead_of_the_file(photos):
             assert i < 4 or (partial.stat().st_size - 128) / 3 >= i // 4 * 4
             yield i
 
-    datasets.write_array(Path("many.npy"), (22, 3), items(), lambda item: np.full(3, item[1], np.uint8))
+    datasets.write_array(Path("many.npy"), (22, 3), items(), lambda i, item: np.full(3, item, np.uint8))
     np.testing.assert_array_equal(np.load("many.npy"), np.arange(22)[:, None].repeat(3, 1))
 
 
