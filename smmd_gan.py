@@ -62,6 +62,8 @@ Deviations from the papers [P], [B] and from the authors' code [C]:
      constraint differs. [B] has DCGAN networks, 100 dimensions and 5 critic updates throughout.
  14. From [C], and not in [P]: the 10 critic updates at the beginning and after each 500th step, and the
      clipping of each variable's gradient. From [P], and not in [C]: --critic-norm orthogonal, PyTorch's.
+     Adam is PyTorch's too: its epsilon of 1e-8 comes after the correction of bias, in TensorFlow before it,
+     which gradients of that size feel.
  15. The critic's last layer is normalised as its others are. That of [C] below 64 pixels has spectral norm 1
      always, without a factor: what the factor of another layer, or its free weights, can make up for.
 
@@ -73,7 +75,7 @@ Usage:
     python smmd_gan.py --dataset cifar10 --constraint none --critic-norm pim
     python smmd_gan.py --dataset cifar10 --constraint gradient-penalty
 The second to the fifth are [P]'s models SMMD, SN-SMMD, MMD, SN-MMD; the last is [B]. All released runs with a
-spectral norm but SN-GAN's learn a factor on each weight; --no-sn-scale leaves the norm at 1.
+spectral norm but SN-GAN's learn a factor on their weights; --no-sn-scale leaves the norms at 1.
 """
 
 # --- imports ---------------------------------------------------------------------------------------
