@@ -12,7 +12,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from common import datasets, kernels, run
-from common.run import BadInput, Stream, mix, require
+from common.run import BadInput, Failed, Stream, mix, require
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # the sha256 of the file begins with 6726825d
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
@@ -53,22 +53,20 @@ class Evaluator:
 
         BadInput: Inception weights that cannot be had; what a toy has not.
         """
-        self.args, self.extractor, self.weights = args, pixels, None
+        self.args, self.only_fid = args, args.eval_metrics == "fid"
+        self.extractor, self.weights = pixels, None
         self.device, self.rank, self.world_size = run.start(args.device)  # that of the run, if it has begun
         toy = args.dataset in datasets.TOYS
         require(not (args.ms_ssim and toy), "--ms-ssim", "on", "off for a data set of points")
-        require(not (args.eval_metrics == "fid" and toy), "--eval-metrics", "fid", "all: points have no FID")
+        require(not (self.only_fid and toy), "--eval-metrics", "fid", "all: points have no FID")
         require(toy or args.eval_samples >= 10, "--eval-samples", args.eval_samples, "at least 10")
         if args.eval_features == "inception" and not toy:
             self.extractor, self.weights = load_inception(args.inception_weights, self.device)
-        self.only_fid, extractor = args.eval_metrics == "fid", self.extractor
-        if self.only_fid:
-            self.extractor = lambda images: extractor(images)[:1]  # without logits
 
     def set_reference(self, data: datasets.Batches) -> None:
         """Take the images of data, or of another split if args say so, for the real ones.
 
-        BadInput: no such split, too few images.
+        BadInput: no such split, too few images, or images most of which are equal.
         """
         args, self.data = self.args, data
         if data.name in datasets.TOYS:
@@ -80,15 +78,18 @@ class Evaluator:
             images = datasets.load_images(data.name, args.data_dir, data.shape[-1], args.eval_split)
         self.count = n = min(args.eval_samples, len(images))
         require(n >= 10, f"the number of images of {data.name}", n, "at least 10")
-        features = "pixels in [0, 1], larger images averaged down to 32 x 32"
-        others = {"mmd": "rbf, unbiased"}
+        self.protocol = {"samples": n, "reference": f"{n} of {args.eval_split}"}
         if self.weights:
             features = f"torch-fidelity inception-v3-compat, 2048, float32, weights {self.weights}"
             others = {"is": "10 splits", "precision, recall": "k = 3"}
-        self.protocol = {"samples": n, "reference": f"{n} of {args.eval_split}", "features": features}
+        else:
+            features = "pixels in [0, 1], larger images averaged down to 32 x 32"
+            others = {"mmd": "rbf, unbiased"}
+        self.protocol["features"] = features
         if not self.only_fid:
             kid = "unbiased, cubic kernel, mean of 100 subsets of min(1000, n / 2); kid_se: jackknife"
             self.protocol |= {"kid": kid} | others
+
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(images.device)
         chunks, path = order[:n].split(CHUNK), None
         if self.weights and self.rank == 0:  # a hash of all that the statistics depend on, images included
@@ -99,76 +100,103 @@ class Evaluator:
             path = Path(args.data_dir, "evaluation", name)
         self.reference = read_reference(path) if path else None  # used by the first process alone
         if not from_first(lambda: self.reference is not None):
-            statistics, kept = self.look_at(lambda i: images[chunks[i]], self.extractor)
+            statistics, outputs = self.extract(lambda i: images[chunks[i]])
             if self.rank == 0:
-                self.reference = statistics.result() | ({} if self.only_fid else {"features": kept[0]})
+                self.reference = statistics.result()
+                if not self.only_fid:
+                    self.reference["features"] = outputs[0]
             if path:
                 write_reference(path, self.reference)
+        if self.rank == 0 and not self.only_fid and not self.weights:
+            self.median = median_distance(self.reference["features"][:1000])
         if args.ms_ssim:
-            self.protocol |= {"ms_ssim": "pairs of samples, 256 x 256, 5 scales"}
+            self.protocol["ms_ssim"] = "pairs of samples, 256 x 256, 5 scales"
 
     @torch.no_grad()
-    def look_at(self, chunk: Callable, *extractors: Callable) -> tuple["Statistics", list[Tensor]]:
-        """Return, to the first process, what extractors make of images: the statistics of their features, and
-        all their outputs, each (count, d) float32 on the CPU; of features that serve FID alone none is kept.
+    def extract(self, chunk: Callable, pairs: bool = False) -> tuple["Statistics", list[Tensor]]:
+        """Return, to the first process, the statistics of the features of images and, but for FID alone, what
+        the extractor makes of them: features and, if it is Inception, logits, (count, ...) on the CPU.
 
         chunk: of i, images i * CHUNK to (i + 1) * CHUNK, uint8; process r of N asks for every N-th from r on.
-        extractors: each returns a tuple of tensors (n, d) for at most 64 images; features come first.
+        pairs: MS-SSIM is what the extractor makes of them, too, as the last.
         """
         statistics, kept, last = Statistics(), [], (self.count - 1) // CHUNK
-        quiet = None if self.rank == 0 else True
-        for start in tqdm(range(0, last + 1, self.world_size), "evaluating", leave=False, disable=quiet):
-            i = min(start + self.rank, last)  # who has none left repeats the last, and it is cut off below
+        bar = tqdm(
+            range(0, last + 1, self.world_size), "evaluating", leave=False, disable=self.rank > 0 or None
+        )
+        for first in bar:
+            i = min(first + self.rank, last)  # who has none left repeats the last, which is cut off below
             images = chunk(i)[: self.count - i * CHUNK].to(self.device)
-            outputs = ([part for e in extractors for part in e(batch)] for batch in images.split(64))
-            outputs = [torch.cat(parts) for parts in zip(*outputs)]
-            padded = (F.pad(output, (0, 0, 0, CHUNK - len(output))) for output in outputs)
-            outputs = [kernels.gather(output).cpu()[: self.count - start * CHUNK] for output in padded]
+            batches = []
+            for batch in images.split(64):
+                outputs = [*self.extractor(batch)]
+                if pairs:
+                    outputs.append(ms_ssim(batch))
+                batches.append(outputs)
+            gathered = []
+            for parts in zip(*batches):
+                output = torch.cat(parts)
+                padded = F.pad(output, (0, 0, 0, CHUNK - len(output)))  # all processes give equally many rows
+                gathered.append(kernels.gather(padded).cpu()[: self.count - first * CHUNK])
             if self.rank == 0:
-                for part in outputs[0].split(CHUNK):
-                    statistics.add(part)
-                kept.append(outputs[1:] if self.only_fid else outputs)
+                for features in gathered[0].split(CHUNK):  # as one process would have them
+                    statistics.add(features)
+                if self.only_fid:
+                    gathered = gathered[-1:] if pairs else []
+                kept.append(gathered)
         return statistics, [torch.cat(parts) for parts in zip(*kept)]
 
-    def samples(self, sample: Callable[[int, int], Tensor]) -> Iterable[Tensor]:
-        """Yield what is evaluated, drawn CHUNK at a time, then cut: batch statistics want a batch."""
-        for i, start in enumerate(range(0, self.count, CHUNK)):
-            yield sample(CHUNK, i)[: self.count - start]
+    def chunk(self, sample: Callable[[int, int], Tensor], i: int) -> Tensor:
+        """Return chunk i of samples, images as uint8; Failed: they are not finite."""
+        samples = sample(CHUNK, i)
+        if not samples.isfinite().all():
+            raise Failed("what the generator makes is not finite, and cannot be evaluated")
+        return (
+            samples if self.data.name in datasets.TOYS else datasets.to_uint8(samples, self.data.value_range)
+        )
+
+    def all_samples(self, sample: Callable[[int, int], Tensor]) -> Tensor:
+        """Return all that is evaluated, on the CPU. Chunks are whole: batch statistics want a batch."""
+        chunks = [self.chunk(sample, i).cpu() for i in range(math.ceil(self.count / CHUNK))]
+        return torch.cat(chunks)[: self.count]
 
     def save(self, path: Path, sample: Callable[[int, int], Tensor]) -> None:
         """Write the samples that are evaluated as the array samples of an .npz file; images as uint8."""
-        if self.rank > 0:
-            return
-        images = len(self.data.shape) == 3
-        to_file = (lambda x: datasets.to_uint8(x, self.data.value_range)) if images else (lambda x: x)
-        np.savez(path, samples=torch.cat([to_file(x).cpu() for x in self.samples(sample)]).numpy())
+        if self.rank == 0:
+            samples = self.all_samples(sample).numpy()
+            run.write_whole(path, lambda file: np.savez(file, samples=samples))
 
     def metrics(self, sample: Callable[[int, int], Tensor]) -> dict[str, float]:
-        """Return the metrics of samples: sample(n, i) is chunk i, (n, ...), in the data's value range."""
+        """Return the metrics of samples: sample(n, i) is chunk i, (n, ...), in the data's value range.
+
+        Failed: samples that are not finite.
+        """
         if self.data.name in datasets.TOYS:
-            return toy_metrics(self.data.name, torch.cat([*self.samples(sample)]).cpu())
-        extractors = (self.extractor, ms_ssim) if self.args.ms_ssim else (self.extractor,)
-        value_range = self.data.value_range
-        found = self.look_at(lambda i: datasets.to_uint8(sample(CHUNK, i), value_range), *extractors)
-        return from_first(lambda: self.compare(*found))
+            return toy_metrics(self.data.name, self.all_samples(sample))
+        statistics, outputs = self.extract(lambda i: self.chunk(sample, i), self.args.ms_ssim)
+        return from_first(lambda: self.compare(statistics, outputs))
 
     def compare(self, statistics: "Statistics", outputs: list[Tensor]) -> dict[str, float]:
-        """Return the metrics, given what look_at returned of the samples."""
-        ms_ssim = {"ms_ssim": outputs.pop().nanmean().item()} if self.args.ms_ssim else {}
+        """Return the metrics, given what extract returned of the samples."""
+        others = {"ms_ssim": outputs.pop().nanmean().item()} if self.args.ms_ssim else {}
         values = {"fid": frechet_distance(self.reference, statistics.result())}
         if not self.only_fid:
-            real, (fake, *logits) = self.reference["features"], outputs
+            real, fake, *logits = self.reference["features"], *outputs
             self.features = real[:KEPT], fake[:KEPT]
             values["kid"], values["kid_se"] = kernel_distance(real, fake)
             if logits:
                 values |= inception_metrics(logits[0], fake.to(self.device), real.to(self.device))
             else:
-                x, y = real[:TOY_SAMPLES].double(), fake[:TOY_SAMPLES].double()
-                values["mmd"] = common_mmd2(x, y, x[:1000])
-        if self.weights is None or self.weights not in INCEPTION_URL:
-            before, after = ("", f"[{self.weights}]") if self.weights else ("pixel_", "")
-            values = {before + name.replace("fid", "frechet") + after: v for name, v in values.items()}
-        return values | ms_ssim
+                values["mmd"] = common_mmd2(real[:TOY_SAMPLES], fake[:TOY_SAMPLES], self.median)
+        return {self.name_of(metric): value for metric, value in values.items()} | others
+
+    def name_of(self, metric: str) -> str:
+        """Return the name of a metric of features: fid and kid are of the published Inception alone."""
+        if self.weights is None:
+            return "pixel_" + metric.replace("fid", "frechet")
+        if self.weights in INCEPTION_URL:
+            return metric
+        return f"{metric.replace('fid', 'frechet')}[{self.weights}]"
 
 
 def from_first(compute: Callable[[], object]):
@@ -332,25 +360,25 @@ def slices(n: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-def ms_ssim(images: Tensor) -> tuple[Tensor]:
+def ms_ssim(images: Tensor) -> Tensor:
     """Return the MS-SSIM (n, 1) of images (n, c, h, w) uint8 in pairs: high where samples are alike.
 
     As Wang et al. 2019, resized to 256 x 256. Images i and i + n / 2 are a pair, whose value stands at both;
     an odd last one has NaN.
     """
     half = len(images) // 2
-    values = torch.full((len(images), 1), math.nan, device=images.device)
+    values = torch.full((len(images), 1), math.nan, dtype=torch.float32, device=images.device)
     if half > 0:
         x, y = resize_from_corner(images[: 2 * half].float(), 256).split(half)
         values[: 2 * half, 0] = multiscale_ssim(x, y).repeat(2)
-    return (values,)
+    return values
 
 
 def resize_from_corner(images: Tensor, size: int) -> Tensor:
     """Resize images (n, c, h, w) bilinearly as TensorFlow 1 does: pixel i is what is at i * side / size."""
 
     def weights(side: int) -> Tensor:
-        position = torch.arange(size, device=images.device) * (side / size)
+        position = torch.arange(size, device=images.device, dtype=images.dtype) * (side / size)
         below = position.long()
         above = (below + 1).clamp_max(side - 1)
         fraction = (position - below)[:, None]
@@ -379,8 +407,8 @@ def ssim(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
     Means over all places of a Gaussian window, 11 x 11 with sigma 1.5, that lies within the image.
     """
-    distance = torch.arange(-5.0, 6.0, device=x.device)
-    window = torch.softmax(-distance.square() / (2 * 1.5**2), 0).to(x.dtype)
+    distance = torch.arange(-5, 6, device=x.device, dtype=x.dtype)
+    window = torch.softmax(-distance.square() / (2 * 1.5**2), 0)
 
     def local_mean(z: Tensor) -> Tensor:
         rows = F.conv2d(z.flatten(0, 1)[:, None], window[None, None, :, None])
@@ -460,14 +488,22 @@ def write_reference(path: Path, reference: dict[str, Tensor]) -> None:
 # --- toys and pixels -----------------------------------------------------------------------------
 
 
-def common_mmd2(real: Tensor, fake: Tensor, scale: Tensor) -> float:
+def median_distance(points: Tensor) -> float:
+    """Return the median distance between two of the points (n, d); BadInput: it is 0."""
+    median = F.pdist(points).median().item()
+    expected = "above 0: more than half of the pairs are equal (--eval-metrics fid does not need it)"
+    require(median > 0, "the median distance between real images", median, expected)
+    return median
+
+
+def common_mmd2(real: Tensor, fake: Tensor, median: float) -> float:
     """Return the unbiased MMD^2 under one kernel for all methods, so that runs can be compared.
 
-    rbf with sigma = the median distance within scale (n, d), times 1/8, 1/4, 1/2, 1 and 2. May be negative.
+    rbf with sigma = median, a distance between real samples, times 1/8, 1/4, 1/2, 1 and 2. May be negative.
     """
-    median = F.pdist(scale).square().median()
-    bandwidths = tuple(median.sqrt().item() * factor for factor in (1 / 8, 1 / 4, 1 / 2, 1, 2))
-    return kernels.mmd2(*kernels.shifted_gram_blocks(real, fake, "rbf", bandwidths), "unbiased").item()
+    bandwidths = tuple(median * factor for factor in (1 / 8, 1 / 4, 1 / 2, 1, 2))
+    blocks = kernels.shifted_gram_blocks(real.double(), fake.double(), "rbf", bandwidths)
+    return kernels.mmd2(*blocks, "unbiased").item()
 
 
 def toy_metrics(name: str, fake: Tensor) -> dict[str, float]:
@@ -477,8 +513,8 @@ def toy_metrics(name: str, fake: Tensor) -> dict[str, float]:
     have at least 10 of those and a quarter of their fair share. The roll has ten: equal parts of its curve.
     """
     real = datasets.draw_toy(name, TOY_SAMPLES, mix(0, Stream.TOY_REFERENCE))
-    scale = datasets.draw_toy(name, 1000, mix(0, Stream.TOY_SCALE))
-    metrics = {"mmd": common_mmd2(real.double(), fake.double(), scale.double())}
+    median = median_distance(datasets.draw_toy(name, 1000, mix(0, Stream.TOY_SCALE)).double())
+    metrics = {"mmd": common_mmd2(real, fake, median)}
     if name == "swissroll":
         centres, std = datasets.swissroll_curve(torch.linspace(0, 1, 2000)), datasets.SWISSROLL_STD
     else:
@@ -528,44 +564,65 @@ class Args:
     device: str = "auto"  # a torch device; auto is cuda where there is one, else cpu
 
 
-def read_images(what: str, source: str, args: Args) -> Tensor:
-    """Return the images of REAL or FAKE (what), uint8 (N, c, h, w)."""
+def side_of(what: str, source: str, args: Args) -> int | None:
+    """Return the side to which REAL or FAKE (what) is resized; BadInput: a folder of several needs one."""
+    folder = Path(source.removeprefix("folder:"))
+    if args.image_size or not folder.is_dir():
+        return args.image_size
+    try:
+        sides = {side for file in datasets.find_folder(folder).files for side in Image.open(file).size}
+    except Exception as error:  # Pillow raises what it likes
+        raise BadInput(f"{what} {source} is no folder of images to be used: {error}") from error
+    found = f"sides of {min(sides)} to {max(sides)} pixels"
+    require(len(sides) == 1, "--image-size", args.image_size, f"given: the images of {source} have {found}")
+    return sides.pop()
+
+
+def read_images(what: str, source: str, side: int | None, data_dir: str) -> tuple[Tensor, str]:
+    """Return the images of REAL or FAKE (what), uint8 (N, c, h, w), and how their values were read."""
     path, (name, _, split) = Path(source.removeprefix("folder:")), source.partition(":")
     try:
         if path.is_dir():
-            files = datasets.find_folder(path).files
-            sides = {args.image_size} if args.image_size else {n for f in files for n in Image.open(f).size}
-            expected = "one side (square images), or be resized with --image-size"
-            require(len(sides) == 1, "the set of its images' sides", sides, expected)
-            return datasets.load_images(f"folder:{path}", args.data_dir, sides.pop(), "train")
+            return datasets.load_images(f"folder:{path}", data_dir, side, "train"), "8 bits"
         require(name not in datasets.TOYS, "it", "a toy", "images")
         if path.suffix not in (".npy", ".npz"):
-            return datasets.load_images(name, args.data_dir, args.image_size, split or "train")
+            return datasets.load_images(name, data_dir, side, split or "train"), "8 bits"
         loaded = np.load(path, allow_pickle=False)
         arrays = [loaded[name] for name in loaded.files] if path.suffix == ".npz" else [loaded]
         found = [a for a in arrays if a.ndim == 4 and a.size and {1, 3} & {a.shape[1], a.shape[3]}]
         expected = "one of (N, H, W, C) or (N, C, H, W) with C 1 or 3"
         require(len(found) == 1, "its array", [a.shape for a in arrays], expected)
-        images = torch.from_numpy(found[0])
+        images, values = torch.from_numpy(found[0]), "8 bits"
         if images.dtype != torch.uint8:
-            known = images.is_floating_point() and bool((images.abs() <= 1).all())  # NaN is not
-            require(known, "its type", images.dtype, "uint8, or floats in [0, 1] or [-1, 1]")
-            images = datasets.to_uint8(images, (-1.0 if images.min() < 0 else 0.0, 1.0))
-        return images.permute(0, 3, 1, 2) if images.shape[3] in (1, 3) else images
+            low, high = value_range(images)
+            images, values = datasets.to_uint8(images, (low, high)), f"floats in [{low}, {high}]"
+        return images.permute(0, 3, 1, 2) if images.shape[3] in (1, 3) else images, values
     except Exception as error:  # Pillow and NumPy raise what they like
         problem = str(error) or repr(error)
         raise BadInput(f"{what} {source} is no folder, array or data set to be used: {problem}") from error
 
 
+def value_range(images: Tensor) -> tuple[int, int]:
+    """Return (0, 1) or (-1, 1), in which images are but for rounding; BadInput: they are in neither."""
+    require(images.is_floating_point(), "its type", images.dtype, "uint8, or floats in [0, 1] or [-1, 1]")
+    low, high, rounding = images.min().item(), images.max().item(), 0.5 / 255
+    for bottom in (0, -1):
+        if bottom - rounding <= low <= high <= 1 + rounding:  # NaN is not
+            return bottom, 1
+    raise BadInput(f"its values are from {low:.6g} to {high:.6g}, but should be in [0, 1] or [-1, 1]")
+
+
 def main(args: Args) -> dict[str, float]:
-    """Compare, print a table, write --json; return the metrics."""
+    """Compare, print a table, write --json; return the metrics. Failed: --json cannot be written."""
     side = args.image_size
     require(side is None or 1 <= side <= 2**14, "--image-size", side, f"between 1 and {2**14}")
     file = args.json and Path(args.json)
     ok = not file or (os.access(file.parent, os.W_OK) and not file.is_dir())
     require(ok, "--json", args.json, "a file in a folder that can be written to")
+    sides = side_of("REAL", args.real, args), side_of("FAKE", args.fake, args)
     evaluator = Evaluator(SimpleNamespace(**vars(args), eval_split="REAL", dataset="REAL"))
-    real, fake = (read_images(*source, args) for source in (("REAL", args.real), ("FAKE", args.fake)))
+    real, real_values = read_images("REAL", args.real, sides[0], args.data_dir)
+    fake, fake_values = read_images("FAKE", args.fake, sides[1], args.data_dir)
     channels = max(real.shape[1], fake.shape[1])
     real, fake = (images.expand(-1, channels, -1, -1) for images in (real, fake))
     sizes, expected = (f"{h} x {w}" for h, w in (fake.shape[2:], real.shape[2:]))
@@ -578,14 +635,19 @@ def main(args: Args) -> dict[str, float]:
     evaluator.count = count  # of FAKE may differ from that of REAL
     order = torch.randperm(len(fake), generator=torch.Generator().manual_seed(1))[:count]
     metrics = evaluator.metrics(lambda n, i: fake[order[i * n : (i + 1) * n]])
-    protocol = evaluator.protocol | {"samples": count, "real": args.real, "fake": args.fake}
+    protocol = evaluator.protocol | {"samples": count}
+    protocol |= {"real": f"{args.real} ({real_values})", "fake": f"{args.fake} ({fake_values})"}
     if evaluator.rank == 0:
         for name, value in metrics.items():
             print(f"{name:20} {value:.6g}")
         for name, value in protocol.items():
             print(f"{name:20} {value}")
         if file:
-            file.write_text(json.dumps({"metrics": metrics, "protocol": protocol}, indent=2) + "\n")
+            text = json.dumps({"metrics": metrics, "protocol": protocol}, indent=2, allow_nan=False)
+            try:
+                file.write_text(text + "\n")
+            except OSError as error:
+                raise Failed(f"--json {file} could not be written ({error})") from error
     return metrics
 
 
@@ -593,6 +655,6 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
         run.end()
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.stdout.flush()
+    except (BadInput, Failed, OSError) as error:
+        run.give_up(error)

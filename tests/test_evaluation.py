@@ -6,6 +6,7 @@ import math
 import os
 import runpy
 import socket
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -187,12 +188,12 @@ def test_ms_ssim_of_a_pair_stands_at_both_images():
     half[1], other[1] = 50, 100  # two constants: (2ab + c) / (a^2 + b^2 + c)
     c = (0.01 * 255) ** 2
     luminance = (2 * 50 * 100 + c) / (50**2 + 100**2 + c)  # in the coarsest scale, with its exponent
-    (found,) = evaluation.ms_ssim(torch.cat([half, other]))
+    found = evaluation.ms_ssim(torch.cat([half, other]))
     expected = torch.tensor([1, luminance**0.1333]).repeat(2)[:, None]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-    assert evaluation.ms_ssim(torch.cat([half[:1], 255 - half[:1]]))[0].max() < 0.5
-    assert evaluation.ms_ssim(half[:1])[0].isnan().all()  # no pair
-    three = evaluation.ms_ssim(torch.cat([half[:1], other[:1], half[1:]]))[0]
+    assert evaluation.ms_ssim(torch.cat([half[:1], 255 - half[:1]])).max() < 0.5
+    assert evaluation.ms_ssim(half[:1]).isnan().all()  # no pair
+    three = evaluation.ms_ssim(torch.cat([half[:1], other[:1], half[1:]]))
     assert three.isnan().tolist() == [[False], [False], [True]]
 
 
@@ -249,7 +250,7 @@ def test_ms_ssim_is_that_of_tensorflow(noise, tensorflow):
     for channels, recorded in zip(([0, 1, 2], [0]), tensorflow):
         images = pair[..., channels]
         expected = ms_ssim_by_scipy(*(enlarged(image, 256) for image in images))
-        found = evaluation.ms_ssim(torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.uint8))[0]
+        found = evaluation.ms_ssim(torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.uint8))
         assert expected == pytest.approx(recorded, rel=1e-4)
         assert found.flatten().tolist() == pytest.approx([expected] * 2, rel=1e-4)
 
@@ -257,7 +258,7 @@ def test_ms_ssim_is_that_of_tensorflow(noise, tensorflow):
 def test_ms_ssim_of_a_run_is_the_mean_over_pairs(monkeypatch):
     """65 images, so that the last is alone; one value at each image."""
     values = torch.rand(65, 1, generator=torch.Generator().manual_seed(0))
-    parts = iter([(values[:64],), (torch.full((1, 1), math.nan),)])
+    parts = iter([values[:64], torch.full((1, 1), math.nan)])
     monkeypatch.setattr(evaluation, "ms_ssim", lambda images: next(parts))
     evaluator, data = digits(eval_samples=65, ms_ssim=True)
     metrics = evaluator.metrics(sampler_of(data.images))
@@ -280,7 +281,8 @@ def test_common_mmd2_against_double_loops():
     xx = np.mean([k(real[i], real[j]) for i in range(6) for j in range(6) if i != j])
     yy = np.mean([k(fake[i], fake[j]) for i in range(5) for j in range(5) if i != j])
     xy = np.mean([k(a, b) for a in real for b in fake])
-    assert common_mmd2(real, fake, scale) == pytest.approx(xx - 2 * xy + yy, abs=1e-12)
+    assert evaluation.median_distance(scale) == pytest.approx(median, rel=1e-12)
+    assert common_mmd2(real, fake, median) == pytest.approx(xx - 2 * xy + yy, abs=1e-12)
 
 
 # --- toys ----------------------------------------------------------------------------------------
@@ -289,7 +291,7 @@ def test_common_mmd2_against_double_loops():
 @pytest.fixture
 def metrics_of(monkeypatch):
     """toy_metrics with the MMD of 500 samples: of all the samples it takes seconds."""
-    mmd2 = lambda real, fake, scale: common_mmd2(real[:500], fake[:500], scale[:500])  # noqa: E731
+    mmd2 = lambda real, fake, median: common_mmd2(real[:500], fake[:500], median)  # noqa: E731
     monkeypatch.setattr(evaluation, "common_mmd2", mmd2)
     return toy_metrics
 
@@ -398,7 +400,7 @@ def test_metrics_are_those_of_pixels_between_0_and_1():
     real, fake = (i.flatten(1).double() / 255 for i in (data.images[order], data.images.flip(3)))
     kid, error = kernel_distance(real, fake)
     expected = {"pixel_frechet": frechet_distance(real, fake), "pixel_kid": kid, "pixel_kid_se": error}
-    expected["pixel_mmd"] = common_mmd2(real, fake, real)
+    expected["pixel_mmd"] = common_mmd2(real, fake, evaluation.median_distance(real))
     assert metrics == pytest.approx(expected, rel=1e-5)
     assert min(metrics.values()) > 0.001
     assert (evaluator.count, evaluator.protocol["samples"]) == (600, 600)
@@ -437,6 +439,25 @@ def test_samples_are_asked_for_in_numbered_chunks():
 
     evaluator.metrics(sample)
     assert asked == [(256, 0), (256, 1), (256, 2)]  # of the last, 88 are kept: batch norm wants a batch
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("dataset", ["digits", "8gaussians"])
+def test_samples_that_are_not_finite_are_not_scored(dataset, value, tmp_path):
+    """One value in one image of the last chunk; nothing is written of them either."""
+    args = arguments(dataset=dataset, eval_samples=300)
+    data = datasets.load(args, "train", (-1, 1), CPU, 0, 1)
+    evaluator = evaluator_of(args, data)
+
+    def sample(n, i):
+        samples = torch.rand(n, *data.shape)
+        samples[3].view(-1)[1] = value if i == (evaluator.count - 1) // evaluation.CHUNK else 0
+        return samples
+
+    for use in (evaluator.metrics, lambda sample: evaluator.save(tmp_path / "samples.npz", sample)):
+        with pytest.raises(run.Failed, match="not finite"):
+            use(sample)
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_toys_are_measured_with_2000_samples(metrics_of):
@@ -509,7 +530,7 @@ def test_metrics_of_inception_against_their_definitions(tiny, tmp_path):
 def test_the_frechet_distance_alone_is_that_among_others(monkeypatch, tmp_path, features, weights, names):
     """Which is a FID by the published weights alone."""
     monkeypatch.setattr(evaluation, "load_inception", lambda path, device: (first_pixels, weights))
-    monkeypatch.setattr(evaluation, "ms_ssim", lambda images: (images[:, 0, 0, :1] / 255,))
+    monkeypatch.setattr(evaluation, "ms_ssim", lambda images: images[:, 0, 0, :1] / 255)
     found = {}
     for metrics in ("all", "fid"):
         options = dict(eval_features=features, eval_samples=20, ms_ssim=True, data_dir=tmp_path)
@@ -528,7 +549,7 @@ def test_for_the_frechet_distance_alone_no_features_are_kept(tiny, tmp_path):
     for metrics in ("all", "fid"):
         evaluator, data = digits(eval_features="inception", eval_metrics=metrics, data_dir=tmp_path)
         chunks = data.images.split(evaluation.CHUNK)
-        found, outputs = evaluator.look_at(chunks.__getitem__, evaluator.extractor)
+        found, outputs = evaluator.extract(chunks.__getitem__)
         tensors = (*vars(found).values(), *outputs, *evaluator.reference.values())
         kept[metrics] = sum(tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor))
     statistics = 2 * (8 + 8 * 8)  # of both sides
@@ -731,18 +752,23 @@ def test_a_comparison_by_the_published_inception(tiny, tmp_path, capsys):
         (["digits", "8gaussians"], "FAKE 8gaussians"),
         (["digits:test", "digits"], "REAL digits:test"),
         (["digits", "empty"], "FAKE empty"),
-        (["digits", "mixed"], "--image-size"),
+        (
+            ["digits", "mixed"],
+            "error: --image-size is None, but should be given: the images of mixed have sides",
+        ),
+        (["digits", "mixed", "--features", "inception", "--inception-weights", "no.pth"], "sides of 8 to 9"),
         (["digits", "broken"], "FAKE broken"),
         (["digits", "pickle.npy"], "FAKE pickle.npy"),
         (["digits", "flat.npy"], "(N, H, W, C)"),
         (["digits", "two.npz"], "(N, H, W, C)"),
-        (["digits", "bright.npy"], "[-1, 1]"),
+        (["digits", "bright.npy"], "its values are from 255 to 255, but should be in [0, 1] or [-1, 1]"),
+        (["digits", "beyond.npy"], "its values are from -1.01 to 1, but should be in [0, 1] or [-1, 1]"),
+        (["constant.npy", "digits"], "the median distance between real images is 0.0, but should be above 0"),
         (["digits", "nan.npy"], "[-1, 1]"),
         (["digits", "whole.npy"], "[-1, 1]"),
         (["digits", "large.npy"], "FAKE is 9 x 9"),
         (["digits", "few.npy"], "the number of images of FAKE is 5"),
         (["digits", "bare"], "no image below bare"),
-        (["digits", "digits", "--nope"], "--nope"),
         (["digits", "digits", "--image-size", "0"], "--image-size is 0"),
         (["digits", "digits", "--eval-samples", "9"], "--eval-samples is 9"),
         (["digits", "digits", "--json", "nowhere/file.json"], "--json is nowhere/file.json"),
@@ -762,6 +788,8 @@ def test_what_cannot_be_compared_is_one_line(argv, message, tmp_path, monkeypatc
     np.save("flat.npy", np.zeros((20, 64), np.uint8))
     np.savez("two.npz", *[np.zeros((20, 8, 8, 1), np.uint8)] * 2)
     np.save("bright.npy", np.full((20, 1, 8, 8), 255.0))
+    np.save("beyond.npy", np.linspace(-1.01, 1, 20 * 64).reshape(20, 1, 8, 8))
+    np.save("constant.npy", np.full((20, 1, 8, 8), 7, np.uint8))
     np.save("nan.npy", np.full((20, 1, 8, 8), np.nan))
     np.save("whole.npy", np.zeros((20, 1, 8, 8), np.int64))
     np.save("large.npy", np.zeros((20, 1, 9, 9), np.uint8))
@@ -773,6 +801,65 @@ def test_what_cannot_be_compared_is_one_line(argv, message, tmp_path, monkeypatc
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert {*tmp_path.rglob("*")} == before  # nothing was written, and nothing in a file was run
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(-3e-8, 1, "[0, 1]"), (0, 1 + 1e-6, "[0, 1]"), (-1 - 1e-6, 1 + 1e-6, "[-1, 1]"), (-0.5, 0.5, "[-1, 1]")],
+)
+def test_the_range_of_floats_is_said(low, high, said, sides, capsys):
+    """Values that leave [0, 1] or [-1, 1] by rounding are in it; the distance to the same images is 0."""
+    images = np.load(sides / "a.npy") / 255.0
+    np.save(sides / "floats.npy", images * (high - low) + low)
+    expected = images if said == "[0, 1]" else (images * (high - low) + low + 1) / 2
+    np.save(sides / "same.npy", (255 * expected).round().clip(0, 255).astype(np.uint8))
+    options = ["--features", "pixels", "--json", sides / "results.json"]
+    assert compare(sides / "same.npy", sides / "floats.npy", *options) is None
+    results = json.loads((sides / "results.json").read_text())
+    assert results["metrics"]["pixel_frechet"] == pytest.approx(0, abs=1e-5)
+    assert results["protocol"]["fake"] == f"{sides / 'floats.npy'} (floats in {said})"
+    assert f"(floats in {said})" in capsys.readouterr().out
+    assert results["protocol"]["real"] == f"{sides / 'same.npy'} (8 bits)"
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
+def test_results_that_cannot_be_written_are_one_line(sides, capsys):
+    """The numbers are printed before."""
+    arguments = sides / "a.npy", sides / "b.npy", "--features", "pixels"
+    assert compare(*arguments, "--json", "/dev/full") == 1
+    out, err = capsys.readouterr()
+    assert "pixel_frechet" in out
+    assert err.startswith("error: --json /dev/full could not be written")
+    assert err.count("\n") == 1
+
+
+def test_printing_to_a_closed_pipe_is_an_end_without_a_traceback(sides):
+    command = [sys.executable, "-m", "common.evaluation", sides / "a.npy", sides / "b.npy", "--features"]
+    root = Path(__file__).parent.parent
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([*command, "pixels"], cwd=root, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr == "error: [Errno 28] No space left on device\n"
+
+
+def test_evaluation_under_a_default_type_of_float64(tiny, sides, monkeypatch):
+    """Other programs set it; the numbers are the same."""
+
+    def found():
+        metrics, pair = {}, (str(sides / "a.npy"), str(sides / "b.npy"))
+        for features in ("pixels", "inception"):
+            options = dict(eval_features=features, data_dir=str(sides), ms_ssim=True)
+            metrics |= evaluation.main(evaluation.Args(*pair, **options))
+        return metrics
+
+    expected = found()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert found() == pytest.approx(expected, rel=1e-4)
+        assert toy_metrics("swissroll", perfect("swissroll", 2000))["modes"] == 10
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_ms_ssim_of_points_is_refused():
@@ -793,7 +880,7 @@ def evaluate_in_process(rank, world_size, folder, port="0"):
         evaluator, data = digits(eval_features=features, data_dir=folder / f"data-{world_size}")
         sample = sampler_of(data.images.flip(3))
         metrics, features = evaluator.metrics(sample), evaluation.from_first(lambda e=evaluator: e.features)
-        found.append((metrics, features, len([*evaluator.samples(sample)])))
+        found.append((metrics, features, len(evaluator.all_samples(sample))))
     torch.save(found, folder / f"{world_size}-{rank}.pt")
 
 
@@ -811,7 +898,7 @@ def test_two_processes_find_what_one_does(tmp_path):
     one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
     for a, b, c in zip(one, first, second, strict=True):
         assert a[0] == b[0] == c[0]
-        assert a[2] == b[2] == c[2] == 3
+        assert a[2] == b[2] == c[2] == 600
         for mine, theirs, others in zip(a[1], b[1], c[1], strict=True):
             assert torch.equal(mine, theirs)
             assert torch.equal(mine, others)
