@@ -385,7 +385,7 @@ def part_of_training(update: int, ae_steps: int) -> tuple[int, int]:
 
 
 def autoencoder_momentum(part: int, iteration: int) -> float:
-    """Return the momentum of an update of the auto-encoder."""
+    """Return the momentum of an update of the auto-encoder; the whole forgets the layers' velocities."""
     if part < 2:
         return 0.5
     if iteration < 50:
@@ -433,7 +433,6 @@ def update_autoencoder(
     """
     part, iteration = part_of_training(update, ae_steps)
     if iteration == 1:
-        optimizer.state.clear()  # each part starts from rest
         autoencoder.lowest.copy_(training_loss(autoencoder, data, part))
         copy_weights(autoencoder, best)
 

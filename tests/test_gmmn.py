@@ -1,12 +1,14 @@
 """gmmn.py against the paper: loss, auto-encoder, networks, bandwidths."""
 
 import copy
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 from conftest import parameters
+from test_scripts import train
 
 import gmmn as script
 from common import datasets
@@ -301,3 +303,25 @@ def test_5000_images_of_mnist_are_held_out():
     assert rest.images.flatten().tolist() == order[5000:].tolist()
     epoch = torch.cat([rest.batch(i) for i in range(55)])
     assert sorted((epoch.flatten() * 255).round().long().tolist()) == sorted(order[5000:].tolist())
+
+
+def test_a_finished_run_is_scored_without_training(tmp_path, monkeypatch):
+    seed = torch.Generator().manual_seed(0)
+    images = {
+        split: torch.randint(256, (n, 1, 8, 8), generator=seed, dtype=torch.uint8)
+        for split, n in (("train", 50), ("test", 12))
+    }
+    monkeypatch.setattr(datasets, "load_images", lambda name, folder, size, split: images[split])
+    monkeypatch.setattr(script, "HELD_OUT", 10)
+    monkeypatch.setattr(script, "PARZEN_SAMPLES", 1000)
+    short = "--total-steps", "1", "--eval-every", "0"
+    folder = train("gmmn", "--dataset", "mnist", "--image-size", "8", *short, runs=tmp_path)
+    weights = (folder / "checkpoint.pt").read_bytes()
+    train("gmmn", "--resume", str(folder), "--eval-only", "--parzen", runs=tmp_path)
+    assert (folder / "checkpoint.pt").read_bytes() == weights
+    results = json.loads((folder / "results.json").read_text())
+    assert results["metrics"]["parzen_sigma"] in script.PARZEN_SIGMAS
+    assert {"parzen", "parzen_se", "parzen_held_out", "pixel_frechet"} <= results["metrics"].keys()
+    assert results["protocol"]["parzen"] == script.PARZEN_PROTOCOL
+    samples = torch.from_numpy(np.load(folder / "samples.npz")["samples"])
+    assert samples.dtype == torch.uint8  # written beside
