@@ -288,7 +288,6 @@ def gmmn(script, args, data):
     def train_autoencoder(optimizer, best):
         everything, update = data.images.flatten(1) / 255, 0
         for layers in ((0,), (1,), (0, 1)):
-            optimizer.state.clear()
             optimizer.param_groups[0]["momentum"] = 0.5 if len(layers) == 1 else 0.0
             lowest, kept = reconstruction_loss(everything, layers, scaled=True), copy.deepcopy(autoencoder)
             for _ in range(args.ae_steps):
