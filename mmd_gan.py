@@ -15,11 +15,13 @@ updates: 100 of them before each of the first 25 updates of G and after each 500
 fake pass f separately, so batch normalisation takes from each its own mean and variance.
 --lambda-ae 0, --lambda-rank 0 and --clip 0 switch off one constraint each (Table 4 of the GRAM paper, [S]).
 
-The bandwidth report [B] compares --bandwidths 1 2 4 8 16 with 2 4 8 16 32 by their own M, which says
+The bandwidth report [B] compares --bandwidths 1 2 4 8 16 with 2 4 8 16 32. Its Figure 4 plots M^2 of the
+last critic update before each update of G (losses/critic_mmd2), each by its run's own kernel, which says
 little: clipped features are small, where M^2 is about sum_s 1/s^2 times ||E f(x) - E f(y)||^2, and that sum
-is 4 times smaller for the second set. eval/pixel_mmd (of images, with --eval-features pixels) and eval/mmd
-(of toys) use one kernel in data space, whatever the run's own: compare runs by these. [B] only plans
---kernel laplacian.
+is 4 times smaller for the second set. Nor is its "less smooth" curve all training: where M^2 is near 1e-5,
+[C]'s sums in float32 make 12% of error (rms) in M^2 of the first set, 32% in that of the second.
+eval/pixel_mmd (of images, with --eval-features pixels) and eval/mmd (of toys) use one kernel in data space,
+whatever the run's own: compare runs by these. [B] only plans --kernel laplacian.
 
 Published: CIFAR-10 IS 6.17 [L]; IS 5.35, without auto-encoder 5.40, without hinge 3.26 (Table 4 of [S]); FID
 on the test images (--eval-split test) 38.39 and, with --architecture gram, 40.00, with --weak-critic too
@@ -28,25 +30,34 @@ on the test images (--eval-split test) 38.39 and, with --architecture gram, 40.0
 Deviations from the paper [L] and from the authors' code [C]:
   1. M, not its square, and the hinge in both players: [C]. [L]'s game is on MMD^2, and a one-sided
      constraint needs the hinge in the critic only.
-  2. The bursts of 100 critic updates: [C].
+  2. The bursts of 100 critic updates: [C]. [L] has 5 throughout.
   3. Batches come from an endless stream of epochs, none of them short. In [C] the last one of an epoch is
-     short, and the generator's update is skipped where an epoch ends during the critic's. CelebA is cropped
-     as in Wang et al. 2019; [C] keeps its whole width.
+     short, and the generator's update is skipped where an epoch ends during the critic's. --total-steps is
+     what [C] makes in 1000 epochs, but for LSUN, where its 7,281 an epoch would be 7 million: ours there are
+     20 epochs. CelebA is cropped as in Wang et al. 2019; [C] keeps its whole width.
   4. No gradient where M is 0, where [C] has NaN.
   5. --kernel rq and laplacian: neither has them; rq takes its alphas from Binkowski et al. 2018.
   6. Image sizes but 32 and 64, MLPs and bandwidths for toys: ours, with larger steps and a wider clip. No
      hinge on toys: the generator is rewarded for leaving the feasible set, and where no tanh bounds its
      samples they ran away. There the critic has a tenth of the generator's rate: at equal rates M stays near
-     0.6 and the samples circle. [S], App. B.3, has the hinge, clip 0.1 and 5e-5 on rings.
-  7. --architecture gram: a dense layer that is read as (c, 4, 4), and one that reads it flattened, are the
-     4x4 convolutions at the two ends of [C]'s networks; what is left is the width, and batch norm after
-     the critic's first layer too. Its initialisation, latent law and decoder are not in [S]: [C]'s.
+     0.6 and the samples circle.
+  7. --architecture gram on images, Tables 5 to 7 of [S]: a dense layer that is read as (c, 4, 4), and one
+     that reads it flattened, are the 4x4 convolutions at the two ends of [C]'s networks, without a bias; what
+     is left is the width, and batch norm after the critic's first layer too. Its initialisation, latent law
+     and decoder are not in [S]: [C]'s.
+  8. --architecture gram on points, Appendix B of [S]: its networks, hinge, clip 0.1, 5 critic updates, rate
+     5e-5, sigma 1. RMSprop is [C]'s; [S] says that all else is as for GRAM-nets, which have Adam. Not given
+     is the decoder: ours is as wide as the critic. [S] trains 4,000 epochs; 10,000 steps without bursts are
+     ours. Figure 7 (b) varies --width and --feature-dim with --critic-width 100.
+  9. M^2 is summed as k - k(0), which is the same but for rounding: right to about 1e-6, where [C]'s sums of k
+     err as said above.
 
 Usage:
     python mmd_gan.py
     python mmd_gan.py --dataset 8gaussians --ema-decay 0.999
     python mmd_gan.py --dataset mnist --bandwidths 2 4 8 16 32
     python mmd_gan.py --dataset cifar10 --architecture gram --weak-critic
+    python mmd_gan.py --dataset ring2d --architecture gram --feature-dim 2
 """
 
 # --- imports ---------------------------------------------------------------------------------------
@@ -111,15 +122,16 @@ class Args:
     clip: float | None = None  # bound on the critic's parameters before each of its updates; 0 is off
     n_critic: int | None = None  # critic updates per generator update (None: 5, on toys 2)
     warmup_critic: int | None = None  # the same for the first 25 generator updates and after each 500th
-    architecture: Literal["li", "gram"] = "li"  # networks of [C], or the DCGAN of [S], Tables 5 and 6
-    weak_critic: bool = False  # with --architecture gram: the smaller critic of [S], Table 7
+    architecture: Literal["li", "gram"] = "li"  # networks of [C], or of [S]: DCGAN, on toys small MLPs
+    weak_critic: bool = False  # with --architecture gram, for images: the smaller critic of [S], Table 7
+    critic_width: int | None = None  # width of critic and decoder; None: --width ([S], Figure 7: 100)
     feature_dim: int | None = None  # dimension K of the critic's output, the auto-encoder's code
     latent_dim: int | None = None  # dimension of the generator's input z ~ N(0, I)
     learning_rate: float | None = None  # of the generator, RMSprop
     critic_learning_rate: float | None = None  # of critic and decoder, RMSprop
 
 
-# [C]'s settings; its 1000 epochs are total_steps. gram takes width 32.
+# [C]'s settings.
 DEFAULTS = {
     "images": dict(
         image_size=64, total_steps=150_000, batch_size=64, width=64, feature_dim=128, latent_dim=128,
@@ -142,6 +154,13 @@ DEFAULTS = {
         critic_learning_rate=5e-5, lambda_rank=0.0, clip=0.1, n_critic=2, warmup_critic=2, eval_every=500,
     ),  # ours
 }  # fmt: skip
+GRAM = {  # what --architecture gram has instead
+    "images": dict(width=32),  # Deviation 7
+    "toys": dict(
+        total_steps=10_000, batch_size=200, width=100, feature_dim=10, learning_rate=5e-5,
+        critic_learning_rate=5e-5, lambda_rank=16.0, n_critic=5, warmup_critic=5, eval_every=1000,
+    ),  # Deviation 8
+}  # fmt: skip
 VALUE_RANGE = (-1.0, 1.0)
 LOWER_BOUNDS = {"lambda_ae": 0, "lambda_rank": 0, "clip": 0, "warmup_critic": 1}  # bounds of the above
 SCRIPT = Path(__file__).stem
@@ -149,14 +168,21 @@ SCRIPT = Path(__file__).stem
 
 def resolve(args: Args) -> Args:
     """Return args with its data set's values where None stands; BadInput if they make no run."""
-    defaults = DEFAULTS["images"], DEFAULTS.get(datasets.family(args.dataset), {})
-    toy, gram = args.dataset in datasets.TOYS, args.architecture == "gram"
-    method = {"width": 32} if gram else {}  # Deviation 7
-    bandwidths = (0.05, 0.1, 0.2, 0.5, 1.0) if toy else (1.0, 2.0, 4.0, 8.0, 16.0)
-    bandwidths = (0.2, 0.5, 1.0, 2.0, 5.0) if args.kernel == "rq" else bandwidths  # Deviation 5
-    run.require(not (gram and toy), "--architecture", args.architecture, "li for a data set of points")
+    defaults = [DEFAULTS["images"], DEFAULTS.get(datasets.family(args.dataset), {})]
+    toy = args.dataset in datasets.TOYS
+    gram = args.architecture == "gram"
     run.require(gram or not args.weak_critic, "--weak-critic", "on", "given with --architecture gram")
-    args = run.resolve(args, *defaults, method, {"bandwidths": bandwidths}, lower_bounds=LOWER_BOUNDS)
+    run.require(not (toy and args.weak_critic), "--weak-critic", "on", "off for a data set of points")
+    if gram:
+        defaults.append(GRAM["toys" if toy else "images"])
+    bandwidths = (1.0, 2.0, 4.0, 8.0, 16.0)
+    if args.kernel == "rq":
+        bandwidths = (0.2, 0.5, 1.0, 2.0, 5.0)  # Deviation 5
+    elif toy:
+        bandwidths = (1.0,) if gram else (0.05, 0.1, 0.2, 0.5, 1.0)
+    args = run.resolve(args, *defaults, {"bandwidths": bandwidths}, lower_bounds=LOWER_BOUNDS)
+    if args.critic_width is None:
+        args.critic_width = args.width
     if not toy:
         levels(args.image_size)  # which refuses a size that fits no network
     return args
@@ -180,28 +206,33 @@ def initialise(module: nn.Module) -> None:
         nn.init.normal_(module.weight, mean=1.0, std=0.02)
 
 
-def mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
-    """Return three hidden layers and a linear one: every network on toys."""
-    sizes = [inputs, width, width, width]
-    hidden = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.ReLU())]
-    return nn.Sequential(*hidden, nn.Linear(width, outputs))
+def mlp(inputs: int, width: int, outputs: int, hidden: int) -> nn.Sequential:
+    """Return so many hidden layers and a linear one: every network on toys."""
+    layers = []
+    for _ in range(hidden):
+        layers += [nn.Linear(inputs, width), nn.ReLU()]
+        inputs = width
+    return nn.Sequential(*layers, nn.Linear(inputs, outputs))
 
 
 class Generator(nn.Module):
-    """z (B, latent_dim) -> samples (B, *shape) in [-1, 1]."""
+    """z (B, latent_dim) -> samples (B, *shape), images in [-1, 1]."""
 
-    def __init__(self, shape: tuple[int, ...], latent_dim: int, width: int) -> None:
+    def __init__(self, shape: tuple[int, ...], latent_dim: int, width: int, gram: bool = False) -> None:
         super().__init__()
         if len(shape) == 1:
-            self.layers = mlp(latent_dim, width, *shape)
+            self.layers = mlp(latent_dim, width, shape[0], hidden=2 if gram else 3)
             return
         n = levels(shape[1])
-        channels = [width * 2**i for i in reversed(range(n))]  # 256, 128, 64 for 32x32
-        deconvs = [nn.ConvTranspose2d(latent_dim, channels[0], shape[1] >> n, bias=False)]  # from 1x1
-        deconvs += [nn.ConvTranspose2d(2 * c, c, 4, 2, 1, bias=False) for c in channels[1:]]
-        layers = [m for d in deconvs for m in (d, nn.BatchNorm2d(d.out_channels), nn.ReLU())]
-        last = nn.ConvTranspose2d(width, shape[0], 4, 2, 1, bias=False)
-        self.layers = nn.Sequential(nn.Unflatten(1, (-1, 1, 1)), *layers, last, nn.Tanh()).apply(initialise)
+        c = width * 2 ** (n - 1)  # 256 for width 64 and 32x32
+        first = nn.ConvTranspose2d(latent_dim, c, shape[1] // 2**n, bias=False)  # from 1x1
+        layers = [nn.Unflatten(1, (latent_dim, 1, 1)), first]
+        for _ in range(n - 1):
+            layers += [nn.BatchNorm2d(c), nn.ReLU(), nn.ConvTranspose2d(c, c // 2, 4, 2, 1, bias=False)]
+            c = c // 2
+        last = nn.ConvTranspose2d(c, shape[0], 4, 2, 1, bias=False)
+        layers += [nn.BatchNorm2d(c), nn.ReLU(), last, nn.Tanh()]
+        self.layers = nn.Sequential(*layers).apply(initialise)
 
     def forward(self, z: Tensor) -> Tensor:
         return self.layers(z)
@@ -213,15 +244,20 @@ class Critic(nn.Module):
     def __init__(self, shape: tuple[int, ...], feature_dim: int, width: int, gram: bool, weak: bool) -> None:
         super().__init__()
         if len(shape) == 1:
-            self.layers = mlp(*shape, width, feature_dim)
+            self.layers = mlp(shape[0], width, feature_dim, hidden=2 if gram else 3)
             return
         n = levels(shape[1])
-        channels = [shape[0], *(width * 2 ** max(0, i - weak) for i in range(n))]  # weak: 32, 32, 64
-        layers = []
-        for i, o in zip(channels, channels[1:]):
-            norm = nn.BatchNorm2d(o) if layers or gram else nn.Identity()
-            layers += [nn.Conv2d(i, o, 4, 2, 1, bias=False), norm, nn.LeakyReLU(0.2)]
-        last = nn.Conv2d(channels[-1], feature_dim, shape[1] >> n, bias=False)  # to 1x1
+        layers = [nn.Conv2d(shape[0], width, 4, 2, 1, bias=False)]
+        if gram:
+            layers.append(nn.BatchNorm2d(width))
+        layers.append(nn.LeakyReLU(0.2))
+        c_out = width
+        for level in range(1, n):  # 64, 128, 256 channels for width 64 and 32x32; weak, width 32: 32, 32, 64
+            c_in = c_out
+            c_out = c_in if weak and level == 1 else 2 * c_in
+            conv = nn.Conv2d(c_in, c_out, 4, 2, 1, bias=False)
+            layers += [conv, nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2)]
+        last = nn.Conv2d(c_out, feature_dim, shape[1] // 2**n, bias=False)  # to 1x1
         self.layers = nn.Sequential(*layers, last, nn.Flatten()).apply(initialise)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -255,14 +291,15 @@ def critic_loss(mmd: Tensor, hinge: Tensor, ae_loss: Tensor, lambda_rank: float,
 
 def generator_loss(mmd: Tensor, hinge: Tensor, lambda_rank: float) -> Tensor:
     """Return L_G = M + lambda_rank H, minimised; the hinge has the sign that it has in [C]."""
-    return mmd + lambda_rank * hinge  # Deviation 1
+    return mmd + lambda_rank * hinge  # Deviations 1 and 9
 
 
 @torch.no_grad()
 def clip_parameters(module: nn.Module, bound: float) -> None:
     """Clamp all parameters, those of batch norm included, to [-bound, bound]; 0 does nothing."""
-    for parameter in module.parameters() if bound else ():
-        parameter.clamp_(-bound, bound)
+    if bound > 0:
+        for parameter in module.parameters():
+            parameter.clamp_(-bound, bound)
 
 
 # --- sampling --------------------------------------------------------------------------------------
@@ -273,14 +310,43 @@ def draw_noise(n: int, args: Args, device: torch.device) -> Tensor:
     return torch.randn(n, args.latent_dim, device=device)
 
 
-def draw_picture(path: Path, fake: Tensor, data: datasets.Batches) -> None:
-    """Write a grid of generated images, or a scatter plot of real and generated points, as PNG."""
+def draw_picture(path: Path, fake: Tensor, data: datasets.Batches, critic: nn.Module) -> None:
+    """Write a grid of generated images, or scatter plots of the data space and the projected one, as PNG."""
     if fake.ndim == 4:
         images = datasets.to_uint8(fake[:64], VALUE_RANGE).float() / 255
         images = F.interpolate(images, scale_factor=max(1, 64 // images.shape[-1]))  # small ones enlarged
         torchvision.utils.save_image(images, path)
     else:
-        evaluation.draw_points(path, fake, data.name)
+        draw_spaces(path, fake, data, critic)
+
+
+def draw_spaces(path: Path, fake: Tensor, data: datasets.Batches, critic: nn.Module) -> None:
+    """Write scatter plots of generated points (n, d) and as many real ones, and of their features, as PNG."""
+    from matplotlib.figure import Figure
+
+    real = datasets.draw_toy(data.name, len(fake), 0).to(fake.device)
+    figure = Figure(figsize=(12, 6))
+    projection = "3d" if fake.shape[1] == 3 else None
+    axes = figure.add_subplot(1, 2, 1, projection=projection, title="data space")
+    axes.scatter(*real.cpu().T, s=3, alpha=0.6, label="real")
+    axes.scatter(*fake.cpu().T, s=3, alpha=0.6, label="generated")
+    axes.legend(loc="upper right")
+
+    with torch.no_grad():
+        feat = critic(torch.cat([real, fake])).float()  # a toy's critic has no state to disturb
+    title = "projected space"
+    if feat.shape[1] > 2:
+        title += f": first two principal components of {feat.shape[1]}"
+        feat = feat - feat.mean(0)
+        directions = torch.linalg.svd(feat, full_matrices=False).Vh
+        feat = feat @ directions[:2].T
+    if feat.shape[1] == 1:
+        feat = torch.cat([feat, torch.zeros_like(feat)], 1)  # drawn on a line
+    real_feat, fake_feat = feat.cpu().chunk(2)
+    axes = figure.add_subplot(1, 2, 2, title=title)
+    axes.scatter(*real_feat.T, s=3, alpha=0.6)
+    axes.scatter(*fake_feat.T, s=3, alpha=0.6)
+    figure.savefig(path)
 
 
 # --- training --------------------------------------------------------------------------------------
@@ -304,11 +370,13 @@ def train(args: Args) -> dict[str, float]:
 
     # Models; the seed makes every process start from the same weights.
     torch.manual_seed(args.seed)
-    generator = Generator(data.shape, args.latent_dim, args.width).to(device)
     gram = args.architecture == "gram"
-    critic = Critic(data.shape, args.feature_dim, args.width, gram, args.weak_critic).to(device)
-    decoder = Decoder(data.shape, args.feature_dim, args.width) if args.lambda_ae else nn.Identity()
-    c_parameters = [*critic.parameters(), *decoder.to(device).parameters()]
+    generator = Generator(data.shape, args.latent_dim, args.width, gram).to(device)
+    critic = Critic(data.shape, args.feature_dim, args.critic_width, gram, args.weak_critic).to(device)
+    decoder = nn.Identity()
+    if args.lambda_ae > 0:
+        decoder = Decoder(data.shape, args.feature_dim, args.critic_width, gram).to(device)
+    c_parameters = [*critic.parameters(), *decoder.parameters()]
     g_optimizer = torch.optim.RMSprop(generator.parameters(), args.learning_rate)
     c_optimizer = torch.optim.RMSprop(c_parameters, args.critic_learning_rate)
     models = dict(generator=generator, critic=critic, g_optimizer=g_optimizer, c_optimizer=c_optimizer)
@@ -355,7 +423,7 @@ def train(args: Args) -> dict[str, float]:
     def picture() -> None:
         if rank == 0:
             path = folder / "samples" / f"{step:07d}.png"
-            draw_picture(path, sample(1000 if len(data.shape) == 1 else 64, 0), data)
+            draw_picture(path, sample(1000 if len(data.shape) == 1 else 64, 0), data, critic)
             writer.add_image("samples/generator", np.asarray(Image.open(path)), step, dataformats="HWC")
 
     if args.eval_only:
@@ -382,8 +450,10 @@ def train(args: Args) -> dict[str, float]:
                 with torch.no_grad():
                     fake = generator(noise)
                 real_feat, fake_feat = critic(real), critic(fake)
-                pairs = ((real, real_feat), (fake, fake_feat)) if args.lambda_ae else ()
-                ae_loss = sum(reconstruction(decoder, x, feat) for x, feat in pairs)
+                ae_loss = 0.0
+                if args.lambda_ae > 0:
+                    ae_loss = reconstruction(decoder, real, real_feat)
+                    ae_loss = ae_loss + reconstruction(decoder, fake, fake_feat)
             real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
             k_xx, k_xy, k_yy = kernels.shifted_gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
             mmd = kernels.sqrt_mmd(k_xx, k_xy, k_yy)
@@ -393,6 +463,7 @@ def train(args: Args) -> dict[str, float]:
             c_loss.backward(inputs=c_parameters)
             kernels.average_gradients(critic, decoder)
             c_optimizer.step()
+        critic_mmd2 = mmd.square()
 
         # Generator: one update, with a new batch.
         real = data.batch(drawn)
@@ -420,7 +491,8 @@ def train(args: Args) -> dict[str, float]:
         if last_or_every(args.log_every):
             finite.check()
             scalars = {"losses/critic": c_loss, "losses/generator": g_loss}
-            scalars |= {"losses/mmd": mmd, "losses/rank_hinge": hinge, "losses/autoencoder": ae_loss}
+            scalars |= {"losses/mmd": mmd, "losses/rank_hinge": hinge, "losses/critic_mmd2": critic_mmd2}
+            scalars |= {"losses/autoencoder": ae_loss} if args.lambda_ae > 0 else {}
             at_zero = kernels.value_at_zero(args.kernel, args.bandwidths)
             scalars |= kernels.block_means(k_xx, k_xy, k_yy, at_zero)
             scalars |= {"charts/steps_per_second": (step - begin_step) / (time.time() - begin)}

@@ -239,10 +239,10 @@ def test_layers_of_the_authors_networks():
     assert names(script.Generator((1, 32, 32), 10, 64)) == [
         "Unflatten", *(deconv + norm) * 3, *deconv, "Tanh",
     ]  # fmt: skip
-    for gram, first in ((False, "Identity"), (True, "BatchNorm2d")):
+    for gram, first in ((False, []), (True, ["BatchNorm2d"])):
         critic = names(script.Critic((1, 32, 32), 10, 64, gram, False))
         assert critic == [
-            "Conv2d", first, "LeakyReLU", *["Conv2d", "BatchNorm2d", "LeakyReLU"] * 2, "Conv2d", "Flatten",
+            "Conv2d", *first, "LeakyReLU", *["Conv2d", "BatchNorm2d", "LeakyReLU"] * 2, "Conv2d", "Flatten",
         ]  # fmt: skip
 
 
@@ -309,6 +309,83 @@ def test_gram_architecture_runs(tmp_path, weak):
     )
     assert set(metrics) == {"pixel_frechet", "pixel_kid", "pixel_kid_se", "pixel_mmd"}
     assert state(tmp_path)["args"]["width"] == 32
+
+
+def test_gram_architecture_on_points(tmp_path):
+    """Appendix B of [S]: G h-100-100-2, critic 2-100-100-10, hinge, clip 0.1, 5e-5, 5 updates, sigma 1."""
+    args = script.resolve(script.Args(dataset="ring2d", architecture="gram"))
+    settings = args.batch_size, args.width, args.critic_width, args.feature_dim, args.latent_dim
+    assert settings == (200, 100, 100, 10, 2)
+    assert (args.lambda_ae, args.lambda_rank, args.clip, args.bandwidths) == (8.0, 16.0, 0.1, (1.0,))
+    assert (args.learning_rate, args.critic_learning_rate, args.n_critic, args.warmup_critic) == (
+        5e-5,
+        5e-5,
+        5,
+        5,
+    )
+    assert parameters(script.Generator((2,), 2, 100, True)) == 10_602
+    assert parameters(script.Critic((2,), 10, 100, True, False)) == 11_410
+
+    options = dict(dataset="ring2d", architecture="gram", width=20, critic_width=12, total_steps=1)
+    train(tmp_path, **options)
+    saved = state(tmp_path)
+    assert saved["generator"]["layers.0.weight"].shape == (20, 2)
+    assert saved["generator"]["layers.4.weight"].shape == (2, 20)  # two hidden layers
+    assert saved["critic"]["layers.0.weight"].shape == (12, 2)
+    assert saved["critic"]["layers.4.weight"].shape == (10, 12)
+    assert saved["decoder"]["layers.0.weight"].shape == (12, 10)
+
+
+@pytest.mark.parametrize("dataset", ["digits", "ring2d"])
+def test_critic_width_is_the_critics_alone(dataset, tmp_path):
+    train(tmp_path, dataset=dataset, width=8, critic_width=12, total_steps=1)
+    saved = state(tmp_path)
+    first, last = ("layers.0.weight", "layers.4.weight") if dataset == "digits" else ("layers.0.weight",) * 2
+    assert saved["critic"][first].shape[0] == 12
+    assert saved["generator"][last].shape[0] == 8
+    assert script.resolve(script.Args(dataset=dataset, width=20)).critic_width == 20
+
+
+@pytest.mark.parametrize(
+    ("features", "title"), [(2, "projected space"), (5, "first two principal components")]
+)
+def test_picture_of_points_shows_the_projected_space(features, title, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda self, text, *args, **kwargs: titles.append(text))
+    train(tmp_path, dataset="ring2d", architecture="gram", feature_dim=features, total_steps=1)
+    assert len(list(tmp_path.glob("*/samples/0000001.png"))) == 1
+    assert "data space" in titles
+    assert any(title in text for text in titles)
+
+
+def test_the_reports_curve_is_of_the_critics_last_batch(tmp_path, monkeypatch):
+    """[B], Figure 4: M^2 of the last critic update before an update of the generator."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    seen, logged = [], {}
+    critic_loss = script.critic_loss
+
+    def spy(mmd, *rest):
+        seen.append(mmd.item())
+        return critic_loss(mmd, *rest)
+
+    def add_scalar(self, tag, value, step):
+        logged[tag] = float(value)
+
+    monkeypatch.setattr(script, "critic_loss", spy)
+    monkeypatch.setattr(SummaryWriter, "add_scalar", add_scalar)
+    train(tmp_path, dataset="digits", total_steps=1, warmup_critic=3)
+    assert len(seen) == 3
+    assert logged["losses/critic_mmd2"] == pytest.approx(seen[-1] ** 2, rel=1e-6)
+    assert logged["losses/critic_mmd2"] != pytest.approx(logged["losses/mmd"] ** 2, rel=1e-3)
+    assert "losses/autoencoder" in logged
+
+    logged.clear()
+    train(tmp_path, dataset="digits", total_steps=1, lambda_ae=0.0)
+    assert "losses/critic" in logged
+    assert "losses/autoencoder" not in logged  # nothing was computed
 
 
 @pytest.mark.parametrize(("dataset", "weight"), [("digits", 16.0), ("8gaussians", 0.0)])

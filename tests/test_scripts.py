@@ -450,7 +450,8 @@ mmd_gan --lambda-rank -1                          | --lambda-rank is -1.0
 mmd_gan --warmup-critic 0                         | --warmup-critic is 0
 mmd_gan --n-critic 0                              | --n-critic is 0
 mmd_gan --weak-critic                             | --weak-critic
-mmd_gan --dataset ring2d --architecture gram      | --architecture is gram
+mmd_gan --dataset ring2d --architecture gram --weak-critic | --weak-critic is on
+mmd_gan --critic-width 0                          | --critic-width is 0
 mmd_gan --image-size 30                           | --image-size is 30
 mmd_gan_repulsive --lam nan                       | --lam is nan
 mmd_gan_repulsive --lambda-gp -0.1                | --lambda-gp is -0.1
