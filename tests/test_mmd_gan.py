@@ -372,7 +372,7 @@ def test_the_reports_curve_is_of_the_critics_last_batch(tmp_path, monkeypatch):
         return critic_loss(mmd, *rest)
 
     def add_scalar(self, tag, value, step):
-        logged[tag] = float(value)
+        logged[tag] = torch.as_tensor(value).item()
 
     monkeypatch.setattr(script, "critic_loss", spy)
     monkeypatch.setattr(SummaryWriter, "add_scalar", add_scalar)
