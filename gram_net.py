@@ -44,8 +44,8 @@ their code for rings and MNIST [J] (JuliaGRAM). The default is [P], but where an
      its CIFAR-10 generator has 522,915 parameters, ours 430,115. The slope 0.2 is [N]'s, [P] gives none.
   7. Images in [-1, 1] and tanh throughout; for MNIST [P] has a sigmoid, which is (1 + tanh(a / 2)) / 2. Its
      generator has batch norm as in [J]; [P] does not name any.
-  8. The rings' noise is 0.2 ([J]), with which the modes have a spread that Figure 7 speaks of; [P] says
-     0.01.
+  8. The noise of ring2d and ring3d is 0.2 ([J]), with which modes have "spreads" as [P] sees them in
+     Appendix B.3; [P] prints 0.01: --dataset ring2d-sharp.
   9. Glorot weights ([J]'s default) and biases 0; [N] has N(0, 0.02); [P] does not say. Samples are drawn
      with the statistics of their batch, as in [N].
  10. Image sizes other than 28 and 32 have Tables 5 and 6 with a level more or less ([P] does not give
