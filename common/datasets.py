@@ -628,8 +628,8 @@ def write_array(
                 file.write(b"" if done else start)
                 for part in convert_all(islice(enumerate(items), done, None), shape[0] - done, convert):
                     file.write(part)
-                    done += len(part)
-                    bar.update(len(part))
+                    done += len(part) // row
+                    bar.update(len(part) // row)
                     if done % CHUNK == 0:
                         file.flush()
                         os.fsync(file.fileno())
@@ -644,8 +644,8 @@ def write_array(
         raise BadInput(f"--data-dir: {path} cannot be written ({error})") from error
 
 
-def convert_all(numbered: Iterable[tuple], count: int, convert: Callable) -> Iterable[np.ndarray]:
-    """Yield convert(i, item) of count numbered items (i, item), TASK at a time as an array, in their order.
+def convert_all(numbered: Iterable[tuple], count: int, convert: Callable) -> Iterable[bytes]:
+    """Yield convert(i, item) of count numbered items (i, item) as bytes, of TASK items at a time, in order.
 
     Of more than 2 TASKs each core converts some, in a process of its own: threads wait for one another
     wherever Pillow runs Python, and two take as long as one for small images.
@@ -658,7 +658,6 @@ def convert_all(numbered: Iterable[tuple], count: int, convert: Callable) -> Ite
         batch_size=None,
         sampler=tasks(numbered),
         num_workers=workers,
-        collate_fn=unchanged,
         generator=torch.Generator(),  # or it would draw from the global one
     )
     try:
@@ -683,13 +682,10 @@ class Converter(Dataset):
     def __init__(self, convert: Callable) -> None:
         self.convert = convert
 
-    def __getitem__(self, task: list[tuple]) -> np.ndarray | BadInput:
+    def __getitem__(self, task: list[tuple]) -> bytes | BadInput:
+        """Return what a DataLoader hands on as it is: arrays it would make tensors in shared memory, and to
+        the text of an error that is raised it would add a traceback."""
         try:
-            return np.stack([self.convert(number, item) for number, item in task])
+            return b"".join(self.convert(i, item).tobytes() for i, item in task)
         except BadInput as error:
-            return error  # raised, it would come with a traceback in its text
-
-
-def unchanged(part: np.ndarray | BadInput) -> np.ndarray | BadInput:
-    """Return a part as it is, an array, which a DataLoader would make a tensor in shared memory."""
-    return part
+            return error

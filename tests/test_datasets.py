@@ -420,8 +420,7 @@ def test_folder_scales_the_shorter_side_and_crops_the_centre(tmp_path, width, he
 def read(folder, size):
     """The images of a folder, as a run takes them; python -m common.evaluation takes the same."""
     images = datasets.load_images(f"folder:{folder}", "data", size, "train")
-    args = evaluation.Args(real="", fake="", image_size=size, data_dir="elsewhere")
-    np.testing.assert_array_equal(evaluation.read_images("REAL", str(folder), args), images)
+    np.testing.assert_array_equal(evaluation.read_images("REAL", str(folder), size, "elsewhere")[0], images)
     return images.numpy()
 
 
@@ -724,7 +723,7 @@ def test_celeba_at_160_is_a_random_crop_of_the_central_178_often_mirrored(celeba
 
 
 def test_celeba_as_kaggle_has_it(celeba):
-    """The partition as .csv, with a byte-order mark; the images in a folder within the folder."""
+    """The partition as .csv, with or without a first line, with a byte-order mark; a folder in the folder."""
     folder = celeba[0] / "celeba"
     expected = datasets.load_images("celeba", celeba[0], None, "test")
     lines = ["image_id,partition", *(folder / "list_eval_partition.txt").read_text().split("\n")]
@@ -738,11 +737,7 @@ def test_celeba_as_kaggle_has_it(celeba):
         images = datasets.load_images("celeba", celeba[0], None, split)
         assert len(images) == count
         assert split != "test" or torch.equal(images, expected)
-
-
-def test_celeba_first_line_with_a_byte_order_mark(celeba):
-    file = celeba[0] / "celeba" / "list_eval_partition.txt"
-    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    (folder / "list_eval_partition.csv").write_text("\ufeff" + csv.partition("\n")[2], encoding="utf-8")
     assert len(datasets.load_images("celeba", celeba[0], None, "train")) == 3
 
 
@@ -795,8 +790,8 @@ def test_lsun_with_something_else_than_an_image_is_refused(tmp_path):
     assert "image 0 cannot be read" in refusal("lsun-bedroom", tmp_path)
 
 
-def test_imagenet_is_cut_to_the_central_square(tmp_path):
-    """In the folders of its classes or not; grey and CMYK images too."""
+def test_imagenet_is_cut_to_the_central_square(tmp_path, capsys):
+    """In the folders of its classes or not; grey and CMYK images too. What is left out is counted of all."""
     root = tmp_path / "imagenet"
     photo(root / "train" / "n01440764" / "n01440764_10026.JPEG", 500, 375, 100)
     cmyk, grey = root / "train" / "n01443537" / "n01443537_2.JPEG", root / "val" / "ILSVRC2012_val_1.JPEG"
@@ -804,7 +799,9 @@ def test_imagenet_is_cut_to_the_central_square(tmp_path):
     Image.fromarray(gradient(300, 300)).convert("CMYK").save(cmyk)
     grey.parent.mkdir()
     Image.fromarray(np.full((70, 90), 77, np.uint8)).save(grey)
+    (root / "val" / ".DS_Store").touch()
     images = datasets.load_images("imagenet", tmp_path, None, "all")
+    assert "of 3 images; left out: 1 hidden\n" in capsys.readouterr().out
     assert images.shape == (3, 3, 64, 64)
     columns, rows = place(images[0], 500, 375)
     np.testing.assert_allclose(columns, expected_place(64, 62.5, 375 / 64), atol=2.5)
@@ -944,15 +941,18 @@ def test_a_conversion_by_several_processes_that_is_killed_goes_on(tmp_path, monk
 def gone(number, item):
     if number == 200:
         os.kill(os.getpid(), signal.SIGKILL)
-    return np.zeros(1, np.uint8)
+    return np.zeros(3, np.uint8)
 
 
 def test_a_process_that_is_killed_ends_a_conversion_which_goes_on_later(tmp_path, monkeypatch):
     """As the system does when memory is short."""
-    monkeypatch.setattr(datasets, "CHUNK", 64)
+    for i in range(201):
+        (tmp_path / f"{i:03}.png").touch()
+    monkeypatch.setattr(datasets, "crop", lambda name, size, number, item: gone(number, item))
     with pytest.raises(Failed, match="a process that converts images is gone; the same command goes on"):
-        datasets.write_array(tmp_path / "x.npy", (640, 1), range(640), gone)
-    assert (tmp_path / "x.partial").stat().st_size >= 128
+        datasets.load_images(f"folder:{tmp_path}", ".", 1, "train")
+    (partial,) = Path("cache").glob("*.partial")
+    assert partial.stat().st_size >= 128
 
 
 def in_child(function):
