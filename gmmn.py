@@ -16,11 +16,12 @@ Published: MNIST log-likelihood 147 +- 2, and 282 +- 2 with the auto-encoder ([L
 CIFAR-10 IS 2.45 and 2.78 ([G], Table 2), 3.47 and 3.94 with other networks (Li et al. 2017).
 
 Dropout is that of the authors' code [C]: masked inputs are not made up for in training; after a layer's own
-training its weights and biases are divided by 1 - p, once; codes are then made with the weights as they are.
-So are its momentum (a velocity with the learning rate in it), its schedule (changes at updates 10,000, 50 and
-200) and its choice of the auto-encoder (of those looked at every 100 updates that of the lowest training
-loss). --parzen measures what GMMN was published with: log-likelihoods of the test images under Gaussian
-windows around 10,000 samples. For that 5,000 of MNIST's training images are held out, as in [C].
+training its weights and biases are divided by 1 - p, once, where the usual rule would multiply them; codes
+are then made with the weights as they are. So are its momentum (a velocity with the learning rate in it),
+its schedule (changes at updates 10,000, 50 and 200) and its choice of the auto-encoder (of those looked at
+every 100 updates that of the lowest training loss). --parzen measures what GMMN was published with:
+log-likelihoods of the test images under Gaussian windows around 10,000 samples. For that 5,000 of MNIST's
+training images are held out, as in [C].
 
 Deviations from the paper [L] and from the authors' code [C]:
   1. Weight 1 on the loss. [C] has 1000 and divides by the 1000 generated samples, which is the same.
@@ -156,15 +157,17 @@ SCRIPT = Path(__file__).stem
 def resolve(args: Args) -> Args:
     """Return args with its data set's values where None stands; BadInput if they make no run."""
     defaults = DEFAULTS["images"], DEFAULTS.get(datasets.family(args.dataset), {})
-    rq = {"bandwidths": (0.2, 0.5, 1.0, 2.0, 5.0)} if args.kernel == "rq" else {}  # Deviation 7
-    code = {"bandwidths": (1.0,)} if args.autoencoder and args.kernel == "rbf" else {}  # [C]: one kernel
+    method = {}
+    if args.kernel == "rq":
+        method = {"bandwidths": (0.2, 0.5, 1.0, 2.0, 5.0)}  # Deviation 7
+    elif args.kernel == "rbf" and args.autoencoder:
+        method = {"bandwidths": (1.0,)}  # [C]: one kernel
     toy = args.dataset in datasets.TOYS
     run.require(not (args.autoencoder and toy), "--autoencoder", "on", "left out for a data set of points")
-    args = run.resolve(args, *defaults, rq, code, lower_bounds=LOWER_BOUNDS)
+    args = run.resolve(args, *defaults, method, lower_bounds=LOWER_BOUNDS)
     if args.parzen:
-        run.require(
-            holds_out(args), "--parzen", "on", "off but for mnist and fashion-mnist, --train-split train"
-        )
+        expected = "off but for mnist and fashion-mnist with --train-split train"
+        run.require(holds_out(args), "--parzen", "on", expected)
         run.require(args.eval_every or args.eval_only, "--parzen", "on", "off with --eval-every 0")
     return args
 
@@ -189,10 +192,14 @@ class Generator(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], latent_dim: int, width: int, toy: bool) -> None:
         super().__init__()
-        hidden = [width] * 3 if toy else [width // 16, width // 4, width // 4, width]
-        sizes = [latent_dim, *hidden]
-        layers = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.ReLU())]
-        layers += [nn.Linear(width, math.prod(shape)), nn.Identity() if toy else nn.Sigmoid()]
+        hidden = [width, width, width] if toy else [width // 16, width // 4, width // 4, width]
+        layers, inputs = [], latent_dim
+        for outputs in hidden:
+            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+            inputs = outputs
+        layers.append(nn.Linear(inputs, math.prod(shape)))
+        if not toy:
+            layers.append(nn.Sigmoid())
         self.layers = nn.Sequential(*layers, nn.Unflatten(1, shape))
         if not toy:  # few inputs and no biases would make G(c z) = c G(z): toys keep PyTorch's own
             self.layers.apply(initialise)
@@ -464,10 +471,8 @@ def hold_out(data: datasets.Images) -> tuple[datasets.Images, Tensor]:
     order = torch.from_numpy(np.random.RandomState(0).permutation(len(data.images))).to(data.images.device)
     rest = copy.copy(data)
     rest.images = data.images[order[HELD_OUT:]]
-    most = len(rest.images)
-    run.require(
-        data.batch_size <= most, "--batch-size", data.batch_size, f"at most {most}: {HELD_OUT} are held out"
-    )
+    size, most = data.batch_size, len(rest.images)
+    run.require(size <= most, "--batch-size", size, f"at most {most}: {HELD_OUT} images are held out")
     return rest, data.images[order[:HELD_OUT]]
 
 
