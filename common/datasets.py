@@ -117,7 +117,7 @@ class Toy(Batches):
     """Points without end: batch i is drawn with a generator of its own."""
 
     def batch(self, i: int) -> Tensor:
-        """Return batch i, (batch_size / world_size, d) float32."""
+        """Return batch i, (batch_size / world_size, d), of PyTorch's default type."""
         points = draw_toy(self.name, self.batch_size, mix(self.seed, Stream.TOY_BATCH, i))
         return self.own_part(points).to(self.device, non_blocking=True)
 
@@ -149,7 +149,7 @@ class Images(Batches):
         return {"count": len(self.images), "sha256": hashlib.sha256(pixels).hexdigest()}
 
     def batch(self, i: int) -> Tensor:
-        """Return batch i, (batch_size / world_size, c, h, w) float32 in value_range.
+        """Return batch i, (batch_size / world_size, c, h, w) in value_range, of PyTorch's default type.
 
         Every epoch is a new order of all images; a rest smaller than a batch is left for another epoch.
         """
@@ -160,7 +160,7 @@ class Images(Batches):
             self.next, self.ahead = i + 1, self.reader.submit(self.gather, i + 1)
             chosen = ahead.result().to(self.device, non_blocking=True)
         low, high = self.value_range
-        return chosen.float().mul_((high - low) / 255).add_(low)
+        return chosen.to(torch.get_default_dtype()).mul_((high - low) / 255).add_(low)
 
     def own_indices(self, i: int) -> Tensor:
         """Return which images are this process's part of batch i."""

@@ -515,6 +515,7 @@ def toy_metrics(name: str, fake: Tensor) -> dict[str, float]:
     real = datasets.draw_toy(name, TOY_SAMPLES, mix(0, Stream.TOY_REFERENCE))
     median = median_distance(datasets.draw_toy(name, 1000, mix(0, Stream.TOY_SCALE)).double())
     metrics = {"mmd": common_mmd2(real, fake, median)}
+    fake = fake.to(real.dtype)  # PyTorch's default
     if name == "swissroll":
         centres, std = datasets.swissroll_curve(torch.linspace(0, 1, 2000)), datasets.SWISSROLL_STD
     else:

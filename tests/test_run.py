@@ -228,6 +228,20 @@ def test_bf16_without_instructions_for_it_is_warned_of(monkeypatch, capsys):
     assert capsys.readouterr().out.count("warning: --precision bf16 is slower than fp32") == 1
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("dataset", ["digits", "ring3d"])
+def test_float64_as_the_default_type(script, dataset, tmp_path):
+    """Networks are in it; losses as ever."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        options = ["--dataset", dataset, "--total-steps", "1", "--eval-every", "1", "--ema-decay", "0.5"]
+        folder = train(script, *options, runs=tmp_path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert next(iter(checkpoint(folder)["generator"].values())).dtype == torch.float64
+    assert (folder / "results.json").exists()
+
+
 # --- checkpoints -----------------------------------------------------------------------------------
 
 
