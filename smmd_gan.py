@@ -689,8 +689,9 @@ def train(args: Args) -> dict[str, float]:
     # Models; the seed makes every process start from the same weights.
     torch.manual_seed(args.seed)
     generator = Generator(data.shape, args.latent_dim, args.width).to(device)
-    critic = Critic(data.shape, args.feature_dim, args.width).to(device)
+    critic = Critic(data.shape, args.feature_dim, args.width)
     normalise(critic, args.critic_norm, args.sn_scale)
+    critic.to(device)  # with the factors that this has added
     g_optimizer = torch.optim.Adam(generator.parameters(), args.learning_rate, (args.beta1, args.beta2))
     c_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, (args.beta1, args.beta2))
     models = dict(generator=generator, critic=critic, g_optimizer=g_optimizer, c_optimizer=c_optimizer)
