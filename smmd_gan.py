@@ -121,7 +121,7 @@ class Args:
     eval_every: int | None = None  # steps between evaluations, the last step included; 0 is never
     save_every: int = 1000  # steps between checkpoints; 0 is never; the last step always saves
     eval_samples: int = 50_000  # images per evaluation, at most those of the reference; toys take 2000
-    eval_features: Literal["pixels", "inception"] | None = None  # inception: FID, IS, KID, precision, recall
+    eval_features: str | None = None  # inception, pixels, or a file with a network (common/exported.py)
     eval_split: Literal["train", "test", "all"] | None = None  # the reference images
     eval_metrics: Literal["all", "fid"] = "all"  # fid: the Frechet distance alone, in bounded memory
     inception_weights: str | None = None  # file of torch-fidelity's weights (None: torch.hub's copy)

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common import datasets, kernels, run
+from common import datasets, exported, kernels, run
 from common.run import BadInput, Failed, Stream, mix, require
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # the sha256 of the file begins with 6726825d
@@ -51,7 +51,7 @@ class Evaluator:
     def __init__(self, args) -> None:
         """Of args dataset, device, data_dir, ms_ssim, inception_weights and all of eval_... are read.
 
-        BadInput: Inception weights that cannot be had; what a toy has not.
+        BadInput: a network that cannot be had; what a toy has not.
         """
         self.args, self.only_fid = args, args.eval_metrics == "fid"
         self.extractor, self.weights = pixels, None
@@ -62,6 +62,8 @@ class Evaluator:
         require(toy or args.eval_samples >= 10, "--eval-samples", args.eval_samples, "at least 10")
         if args.eval_features == "inception" and not toy:
             self.extractor, self.weights = load_inception(args.inception_weights, self.device)
+        elif args.eval_features not in ("inception", "pixels"):
+            self.extractor, self.weights = load_network(args.eval_features, self.device)
 
     def set_reference(self, data: datasets.Batches) -> None:
         """Take the images of data, or of another split if args say so, for the real ones.
@@ -79,12 +81,16 @@ class Evaluator:
         self.count = n = min(args.eval_samples, len(images))
         require(n >= 10, f"the number of images of {data.name}", n, "at least 10")
         self.protocol = {"samples": n, "reference": f"{n} of {args.eval_split}"}
-        if self.weights:
+        if args.eval_features == "inception":
             features = f"torch-fidelity inception-v3-compat, 2048, float32, weights {self.weights}"
             others = {"is": "10 splits", "precision, recall": "k = 3"}
-        else:
+        elif args.eval_features == "pixels":
             features = "pixels in [0, 1], larger images averaged down to 32 x 32"
             others = {"mmd": "rbf, unbiased"}
+        else:
+            dimension = try_out(self.extractor, images[:3].to(self.device))
+            features = f"{Path(args.eval_features).name}, {dimension}, file {self.weights}"
+            others = {"precision, recall": "k = 3", "cmmd": "1000 MMD^2, rbf with sigma 10, biased"}
         self.protocol["features"] = features
         if not self.only_fid:
             kid = "unbiased, cubic kernel, mean of 100 subsets of min(1000, n / 2); kid_se: jackknife"
@@ -185,9 +191,13 @@ class Evaluator:
             self.features = real[:KEPT], fake[:KEPT]
             values["kid"], values["kid_se"] = kernel_distance(real, fake)
             if logits:
-                values |= inception_metrics(logits[0], fake.to(self.device), real.to(self.device))
+                values |= inception_scores(logits[0])
+            if self.weights:
+                values |= precision_recall(fake.to(self.device), real.to(self.device))
             else:
                 values["mmd"] = common_mmd2(real[:TOY_SAMPLES], fake[:TOY_SAMPLES], self.median)
+            if self.args.eval_features not in ("inception", "pixels"):
+                values["cmmd"] = cmmd(real.to(self.device), fake.to(self.device))
         return {self.name_of(metric): value for metric, value in values.items()} | others
 
     def name_of(self, metric: str) -> str:
@@ -423,16 +433,57 @@ def ssim(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return (luminance * contrast).mean(2), contrast.mean(2)
 
 
-def inception_metrics(logits: Tensor, fake: Tensor, real: Tensor) -> dict[str, float]:
-    """Return torch-fidelity's IS of logits (n, classes), precision and recall of features (n, d), (m, d)."""
+def inception_scores(logits: Tensor) -> dict[str, float]:
+    """Return torch-fidelity's IS of logits (n, classes)."""
     from torch_fidelity.metric_isc import isc_features_to_metric as inception_score
-    from torch_fidelity.metric_prc import calculate_precision_recall_part as precision_recall
 
     values = {}
     values["is"], values["is_std"] = inception_score(logits, 10, shuffle=False).values()
     values["is_all"], _ = inception_score(logits, 1, shuffle=False).values()
-    values["precision"], values["recall"] = precision_recall(fake, real, neighborhood=3, batch_size=1000)
     return values
+
+
+def precision_recall(fake: Tensor, real: Tensor) -> dict[str, float]:
+    """Return torch-fidelity's precision and recall of features (n, d), (m, d)."""
+    from torch_fidelity.metric_prc import calculate_precision_recall_part
+
+    values = calculate_precision_recall_part(fake, real, neighborhood=3, batch_size=1000)
+    return dict(zip(("precision", "recall"), values))
+
+
+@torch.no_grad()
+def cmmd(real: Tensor, fake: Tensor) -> float:
+    """Return 1000 MMD^2, biased, rbf with sigma 10, of features (n, d), (m, d) (Jayasumana et al. 2024)."""
+    return 1000 * kernels.fused_mmd2(real.double(), fake.double(), "rbf", (10.0,), "biased").item()
+
+
+def load_network(path: str, device: torch.device) -> tuple[Callable, str]:
+    """Return the network in a file, and the first 8 digits of the file's sha256; BadInput: it cannot be used.
+
+    It takes uint8 images (n, c, h, w), grey ones too, and returns features (n, d) float32.
+    """
+    file = Path(path)
+    require(file.is_file(), "--eval-features", path, "inception, pixels, or a file that torch.export wrote")
+    try:
+        network = exported.Network(file, device)
+    except Exception as error:  # a file of any content
+        problem = f"cannot be used: {str(error) or repr(error):.200}"
+        raise BadInput(f"--eval-features {path} {problem}") from error
+    weights = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    return lambda images: network(images.expand(-1, 3, -1, -1)), weights
+
+
+def try_out(network: Callable, images: Tensor) -> int:
+    """Return d, if a network makes features (n, d) of images, however many; else BadInput."""
+    for n in (1, 3):
+        try:
+            (features,) = network(images[:n])
+        except Exception as error:  # what an operator says of a size
+            problem = f"{str(error) or repr(error):.200}"
+            raise BadInput(f"--eval-features: {n} images {tuple(images.shape[1:])}: {problem}") from error
+        shape, ok = tuple(features.shape), features.ndim == 2 and len(features) == n
+        require(ok and features.isfinite().all(), "the network's output", shape, f"({n}, d) and finite")
+    return features.shape[1]
 
 
 def load_inception(path: str | None, device: torch.device) -> tuple[Callable, str]:
@@ -544,7 +595,7 @@ def draw_points(path: Path, fake: Tensor, name: str) -> None:
 # --- command line --------------------------------------------------------------------------------
 
 
-Features = Annotated[Literal["inception", "pixels"], tyro.conf.arg(aliases=["--features"])]
+Features = Annotated[str, tyro.conf.arg(aliases=["--features"])]
 
 
 @dataclass
@@ -554,7 +605,7 @@ class Args:
 
     real: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="REAL")]  # the reference
     fake: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FAKE")]  # what is measured
-    eval_features: Features = "inception"  # pixels need no weights, and give no FID
+    eval_features: Features = "inception"  # or pixels, or a file with a network of your own (torch.export)
     eval_metrics: Literal["all", "fid"] = "all"  # fid: the Frechet distance alone, in bounded memory
     eval_samples: int = 50_000  # images of either side, at most
     image_size: int | None = None  # side to which folders and data sets are resized

@@ -1,13 +1,16 @@
 """Distances against closed forms and torch-fidelity; toys' measures on samplers whose faults are known."""
 
 import hashlib
+import io
 import json
 import math
 import os
+import re
 import runpy
 import socket
 import subprocess
 import sys
+import zipfile
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +24,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mmd_gan_repulsive
-from common import datasets, evaluation, kernels, run
+from common import datasets, evaluation, exported, kernels, run
 from common.evaluation import Evaluator, common_mmd2, kernel_distance, toy_metrics
 from common.run import BadInput
 
@@ -1000,3 +1003,167 @@ def test_weights_that_would_run_code_do_not(tmp_path, old_format):
     assert not marker.exists()
     torch.load(file, weights_only=False)
     assert marker.exists()  # it would have
+
+
+# --- features of one's own -----------------------------------------------------------------------
+
+
+class Features(torch.nn.Module):
+    """Resizing, a convolution, batch norm, a block of a transformer: what real networks have."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, 4, stride=4)
+        self.norm = torch.nn.BatchNorm2d(8)
+        self.block = torch.nn.TransformerEncoderLayer(8, 2, 16, 0.0, "gelu", batch_first=True)
+
+    def forward(self, images):
+        images = torch.nn.functional.interpolate(
+            images.float() / 255, (16, 16), mode="bicubic", antialias=True, align_corners=False
+        )
+        tokens = self.norm(self.conv(images - 0.5)).relu().flatten(2).mT
+        return self.block(tokens).mean(1)
+
+
+@pytest.fixture(scope="module")
+def exported_features(tmp_path_factory):
+    """A network, its file, and one of whose operators PyTorch's core set has not all."""
+    torch.manual_seed(0)
+    network = Features().eval()
+    torch.nn.init.uniform_(network.norm.running_mean)
+    sizes = ({0: torch.export.Dim("n"), 2: torch.export.Dim("h"), 3: torch.export.Dim("w")},)
+    images = torch.zeros(2, 3, 8, 9, dtype=torch.uint8)
+    program = torch.export.export(network, (images,), dynamic_shapes=sizes)
+    folder = tmp_path_factory.mktemp("features")
+    torch.export.save(program, folder / "raw.pt2")
+    torch.export.save(program.run_decompositions(), folder / "network.pt2")
+    return network, folder / "network.pt2", folder / "raw.pt2"
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (5, 3, 8, 8), (64, 3, 20, 12)])
+def test_an_exported_network_gives_its_own_features(exported_features, shape):
+    images = torch.randint(256, shape, dtype=torch.uint8)
+    (found,) = exported.Network(exported_features[1], CPU)(images)
+    with torch.no_grad():
+        torch.testing.assert_close(found, exported_features[0](images), rtol=1e-5, atol=1e-6)
+
+
+def test_metrics_of_features_of_ones_own_are_named_after_the_file(exported_features, tmp_path):
+    """All against the functions, on the features of the network itself; grey images are made colour."""
+    network, file, _ = exported_features
+    evaluator, data = digits(eval_features=str(file), data_dir=tmp_path)
+    metrics = evaluator.metrics(sampler_of(data.images.flip(3)))
+    tag = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    names = ("frechet", "kid", "kid_se", "precision", "recall", "cmmd")
+    assert tuple(metrics) == tuple(f"{name}[{tag}]" for name in names)
+    order = torch.randperm(600, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        pair = data.images[order], data.images.flip(3)
+        real, fake = (network(images.expand(-1, 3, -1, -1)) for images in pair)
+    assert metrics[f"frechet[{tag}]"] == pytest.approx(frechet_distance(real, fake), rel=1e-3)
+    assert metrics[f"kid[{tag}]"] == pytest.approx(kernel_distance(real, fake)[0], rel=1e-3)
+    assert metrics[f"cmmd[{tag}]"] == pytest.approx(evaluation.cmmd(real, fake), rel=1e-3)
+    assert f"network.pt2, 8, file {tag}" in evaluator.protocol["features"]
+    assert len([*tmp_path.glob("evaluation/*.npz")]) == 1
+    alone, _ = digits(eval_features=str(file), data_dir=tmp_path, eval_metrics="fid")
+    assert tuple(alone.metrics(sampler_of(data.images))) == (f"frechet[{tag}]",)
+
+
+def test_cmmd_against_a_double_loop():
+    """Features of size 1, as CLIP's, which sigma 10 makes nearly equal: M^2 is 1e-6 of the kernel's value."""
+    x, y = (torch.nn.functional.normalize(randn(n, 6, seed=n) + n / 20) for n in (12, 9))
+
+    def mean(a, b):
+        return (
+            math.fsum(math.expm1(-((p - q) ** 2).sum().item() / 200) for p in a for q in b) / len(a) / len(b)
+        )
+
+    expected = 1000 * (mean(x, x) - 2 * mean(x, y) + mean(y, y))
+    assert 0 < expected < 5
+    assert evaluation.cmmd(x.float(), y.float()) == pytest.approx(expected, rel=1e-5)
+
+
+def changed(file, part, change):
+    """A copy of a file of torch.export, of which one part, found by the end of its name, is changed."""
+    result = file.with_name("changed.pt2")
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(result, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            new.writestr(name, change(content) if name.endswith(part) else content)
+    return result
+
+
+def test_nothing_in_an_exported_file_is_run(exported_features, tmp_path, monkeypatch):
+    """Where torch.export.load unpickles, and evaluates: sample inputs, pickled weights, sizes, guards."""
+    monkeypatch.chdir(tmp_path)
+    file, attack = exported_features[1], Malicious(os.mkdir, str(tmp_path / "was-here"))
+    pickled = io.BytesIO()
+    torch.save(attack, pickled)
+    code = '__import__("os").mkdir("was-here")'
+
+    def poisoned(content):
+        model = json.loads(content)
+        model["guards_code"] = [code]
+        model["range_constraints"] = {code: {"min_val": 0, "max_val": None}}
+        for value in model["graph_module"]["graph"]["sym_int_values"].values():
+            value["as_expr"]["expr_str"] = code
+        return json.dumps(model).encode()
+
+    harmless = changed(file, "sample_inputs/model.pt", lambda content: pickled.getvalue())
+    harmless = harmless.rename(tmp_path / "harmless.pt2")
+    images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
+    expected = exported.Network(file, CPU)(images)[0]
+    assert torch.equal(exported.Network(harmless, CPU)(images)[0], expected)
+    assert torch.equal(exported.Network(changed(harmless, "model.json", poisoned), CPU)(images)[0], expected)
+    assert not (tmp_path / "was-here").exists()
+    with pytest.raises(Exception):  # noqa: B017, PT011, whatever it says of it
+        torch.export.load(harmless)
+    assert (tmp_path / "was-here").exists()  # it would have
+
+
+@pytest.mark.parametrize(
+    ("part", "old", "new", "message"),
+    [
+        ("models/model.json", "torch.ops.aten.relu.default", "torch.ops.aten.from_file.default", "from_file"),
+        ("models/model.json", "torch.ops.aten.relu.default", "os.system", "it calls os.system"),
+        (
+            "models/model.json",
+            "torch.ops.aten.relu.default",
+            "torch.ops.aten.__init__.mro",
+            "no attribute",
+        ),
+        ("models/model.json", "torch.ops.aten.relu.default", "_operator.call", "it calls _operator.call"),
+        ("models/model.json", '"major": 8', '"major": 9', "its format has version 9, not 8"),
+        ("weights_config.json", '"use_pickle": false', '"use_pickle": true', "is pickled"),
+        ("weights_config.json", '"as_int": 8}', '"as_int": 8000}', "out of bounds"),
+    ],
+)
+def test_exported_files_that_would_do_more_are_refused(exported_features, part, old, new, message):
+    def change(content):
+        assert old.encode() in content
+        return content.replace(old.encode(), new.encode())
+
+    file = changed(exported_features[1], part, change)
+    with pytest.raises(BadInput, match=re.escape(message)) as caught:
+        Evaluator(arguments(eval_features=str(file)))
+    assert str(caught.value).startswith(f"--eval-features {file} cannot be used")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_network_for_the_images_is_refused(exported_features, tmp_path):
+    (tmp_path / "text.pt2").write_text("no network")
+    flipped = bytearray(exported_features[1].read_bytes())
+    flipped[len(flipped) // 8] ^= 1
+    (tmp_path / "flipped.pt2").write_bytes(flipped)
+    raw = exported_features[2]
+    cases = {"nowhere.pt2": "inception, pixels, or a file", str(raw): "export run_decompositions()"}
+    cases |= {str(tmp_path / name): "cannot be used" for name in ("text.pt2", "flipped.pt2")}
+    for name, message in cases.items():
+        with pytest.raises(BadInput, match=re.escape(message)):
+            Evaluator(arguments(eval_features=name))
+    program = torch.export.export(torch.nn.ReLU(), (torch.zeros(2, 3, 8, 8, dtype=torch.uint8),))
+    torch.export.save(program.run_decompositions(), tmp_path / "images.pt2")
+    with pytest.raises(
+        BadInput, match=re.escape("the network's output is (1, 3, 8, 8), but should be (1, d)")
+    ):
+        digits(eval_features=str(tmp_path / "images.pt2"))
