@@ -25,12 +25,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torchvision
 from filelock import FileLock
 from PIL import Image, ImageOps, TiffImagePlugin
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2.functional import center_crop, resize
 from tqdm import tqdm
 
 from common.run import SIGNALS, BadInput, Failed, Stream, mix, require, several
@@ -289,6 +287,8 @@ def load_images(name: str, data_dir: str, image_size: int | None, split: str) ->
         problem = f"not found or damaged under {data_dir} ({str(error) or repr(error):.300})"
         raise BadInput(f"--dataset {name}: {problem}; put there {IMAGES[name]}") from error
     if image_size not in (None, images.shape[-1]):
+        from torchvision.transforms.v2.functional import resize
+
         images = torch.cat([resize(chunk, [image_size] * 2) for chunk in images.split(1000)])
     return images
 
@@ -304,7 +304,9 @@ def _read(name: str, data_dir: Path, split: str) -> Tensor:
         return (images * (255 / 16)).round().to(torch.uint8)[:, None]
     if name == "cifar10":
         return read_cifar10(data_dir, split)
-    loader = torchvision.datasets.MNIST if name == "mnist" else torchvision.datasets.FashionMNIST
+    from torchvision.datasets import MNIST, FashionMNIST
+
+    loader = MNIST if name == "mnist" else FashionMNIST
     return loader(data_dir, train=split == "train", download=True).data[:, None]
 
 
@@ -326,8 +328,9 @@ def read_cifar10(data_dir: Path, split: str) -> Tensor:
     if folder.exists():
         return torch.from_numpy(np.concatenate([_cifar_images((folder / name).open("rb")) for name in names]))
     if not archive.exists():
-        cifar10 = torchvision.datasets.CIFAR10
-        torchvision.datasets.utils.download_url(cifar10.url, data_dir, archive.name, cifar10.tgz_md5)
+        from torchvision.datasets import CIFAR10, utils
+
+        utils.download_url(CIFAR10.url, data_dir, archive.name, CIFAR10.tgz_md5)
     with tarfile.open(archive) as files:
         arrays = [_cifar_images(files.extractfile(f"{folder.name}/{name}")) for name in names]
     return torch.from_numpy(np.concatenate(arrays))
@@ -396,10 +399,10 @@ def find_stl10(root: Path, parts: tuple[str, ...]) -> Found:
 
 def download_stl10(root: Path, folder: Path) -> None:
     """Download and unpack STL-10 to folder, whole or not at all."""
-    stl10, unpacked = torchvision.datasets.STL10, root / "stl10.partial"
-    torchvision.datasets.utils.download_and_extract_archive(
-        stl10.url, root, unpacked, md5=stl10.tgz_md5, remove_finished=True
-    )
+    from torchvision.datasets import STL10, utils
+
+    unpacked = root / "stl10.partial"
+    utils.download_and_extract_archive(STL10.url, root, unpacked, md5=STL10.tgz_md5, remove_finished=True)
     os.replace(unpacked / folder.name, folder)
 
 
@@ -547,6 +550,12 @@ def crop(name: str, size: int, number: int, item: str | np.ndarray | bytes) -> n
     else:
         image = ImageOps.fit(image, (size, size), LANCZOS)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def center_crop(image: Image.Image, side: int) -> Image.Image:
+    """Return the central square of an image."""
+    left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+    return image.crop((left, top, left + side, top + side))
 
 
 def decode(item: str | np.ndarray | bytes, enough: int, upright: bool) -> Image.Image:

@@ -750,6 +750,13 @@ def test_a_partition_that_names_no_image_is_refused_by_its_name(celeba, text):
     assert "000001.jpg' is" not in message
 
 
+@pytest.mark.parametrize("size", [(178, 218), (72, 88), (75, 91), (36, 44), (37, 45)])
+def test_center_crop_is_that_of_torchvision(size):
+    image = Image.fromarray(gradient(*size))
+    expected = torchvision.transforms.functional.center_crop(image, 32)
+    np.testing.assert_array_equal(datasets.center_crop(image, 32), expected)
+
+
 def test_a_missing_face_is_named(celeba):
     (celeba[0] / "celeba" / "img_align_celeba" / "000002.jpg").unlink()
     assert "000002.jpg" in refusal("celeba", celeba[0])
