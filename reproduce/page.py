@@ -1,5 +1,6 @@
 """What the pages of reproduce/ share: arguments, the table that they print, the picture that they write."""
 
+import math
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ class Row:
     """One quantity beside what it is compared with."""
 
     what: str
-    wanted: float
+    wanted: float  # NaN: there is nothing to compare with
     ours: float
     source: str = "exact"  # of wanted: "exact", or the paper's figure or section
 
@@ -33,13 +34,14 @@ def print_table(rows: list[Row]) -> None:
     width = max(len(row.what) for row in rows)
     print(f"{'':{width}}  {'wanted':>10}  {'ours':>10}  source of wanted")
     for row in rows:
-        print(f"{row.what:{width}}  {row.wanted:10.5g}  {row.ours:10.5g}  {row.source}")
+        wanted = "-" if math.isnan(row.wanted) else f"{row.wanted:.5g}"
+        print(f"{row.what:{width}}  {wanted:>10}  {row.ours:10.5g}  {row.source}")
 
 
 def save(figure, caption: str, name: str, args: Args) -> Path:
     """Write the figure with its caption below it as folder/name.png; return the path."""
     inches = figure.get_size_inches()
-    text = textwrap.fill(" ".join(caption.split()), width=int(15 * inches[0]))
+    text = textwrap.fill(" ".join(caption.split()), width=int(14 * inches[0]))
     lines = text.count("\n") + 1
     bottom = (0.17 * lines + 0.1) / inches[1]
     figure.tight_layout(rect=(0, bottom, 1, 1))
