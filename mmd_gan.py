@@ -70,7 +70,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -313,9 +312,11 @@ def draw_noise(n: int, args: Args, device: torch.device) -> Tensor:
 def draw_picture(path: Path, fake: Tensor, data: datasets.Batches, critic: nn.Module) -> None:
     """Write a grid of generated images, or scatter plots of the data space and the projected one, as PNG."""
     if fake.ndim == 4:
+        from torchvision.utils import save_image
+
         images = datasets.to_uint8(fake[:64], VALUE_RANGE).float() / 255
         images = F.interpolate(images, scale_factor=max(1, 64 // images.shape[-1]))  # small ones enlarged
-        torchvision.utils.save_image(images, path)
+        save_image(images, path)
     else:
         draw_spaces(path, fake, data, critic)
 
@@ -421,6 +422,7 @@ def train(args: Args) -> dict[str, float]:
 
     @run.failures_noted()
     def picture() -> None:
+        finite.check()
         if rank == 0:
             path = folder / "samples" / f"{step:07d}.png"
             draw_picture(path, sample(1000 if len(data.shape) == 1 else 64, 0), data, critic)

@@ -71,7 +71,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -372,9 +371,11 @@ def draw_noise(n: int, args: Args, device: torch.device) -> Tensor:
 def draw_picture(path: Path, fake: Tensor, data: datasets.Batches) -> None:
     """Write a grid of generated images, or a scatter plot of real and generated points, as PNG."""
     if fake.ndim == 4:
+        from torchvision.utils import save_image
+
         images = datasets.to_uint8(fake[:64], VALUE_RANGE).float() / 255
         images = F.interpolate(images, scale_factor=max(1, 64 // images.shape[-1]))  # small ones enlarged
-        torchvision.utils.save_image(images, path)
+        save_image(images, path)
     else:
         evaluation.draw_points(path, fake, data.name)
 
@@ -439,6 +440,7 @@ def train(args: Args) -> dict[str, float]:
 
     @run.failures_noted()
     def picture() -> None:
+        finite.check()
         if rank == 0:
             path = folder / "samples" / f"{step:07d}.png"
             draw_picture(path, sample(1000 if len(data.shape) == 1 else 64, 0), data)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
-from test_scripts import SCRIPTS, SMALL, checkpoint, curves, same, train
+from test_scripts import ROOT, SCRIPTS, SMALL, checkpoint, curves, same, train
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -289,6 +289,30 @@ def test_what_is_not_finite_replaces_no_results(tmp_path):
     assert (folder / "results.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_samples_that_are_not_finite_are_not_scored(script, tmp_path, monkeypatch, capsys):
+    """Neither in training, where no loss is looked at, nor by --eval-only; and not drawn."""
+    folder = train(script, "--total-steps", "1", "--eval-every", "1", "--sample-every", "0", runs=tmp_path)
+    before = (folder / "results.json").read_bytes()
+    state = checkpoint(folder)
+    for value in state["generator"].values():
+        if value.is_floating_point():
+            value.fill_(math.nan)
+    torch.save(state, folder / "checkpoint.pt")
+    pictures = sorted(folder.rglob("*.png"))
+    assert main(script, "--resume", str(folder), "--eval-only", monkeypatch=monkeypatch) == 1
+    assert "not finite" in capsys.readouterr().err
+    often = ["--total-steps", "4", "--log-every", "0", "--save-every", "0"]
+    often += ["--eval-every", "2", "--sample-every", "2"]
+    assert main(script, "--resume", str(folder), *often, monkeypatch=monkeypatch) == 1
+    error = capsys.readouterr().err
+    assert "loss was not finite at step 2" in error
+    assert error.count("\n") == 1
+    assert (folder / "results.json").read_bytes() == before
+    assert sorted(folder.rglob("*.png")) == pictures
+    assert not (folder / "samples.npz").exists()
+
+
 # --- data ------------------------------------------------------------------------------------------
 
 
@@ -486,3 +510,14 @@ def test_a_clock_that_is_set_back_takes_no_point_from_the_curves(tmp_path, monke
     train("gmmn", "--resume", str(part), "--total-steps", "4", runs=tmp_path / "b")  # in the same second
     assert len([*part.glob("events.*")]) == 3
     assert curves(part) == curves(whole)
+
+
+# --- what is imported ------------------------------------------------------------------------------
+
+
+def test_arguments_are_read_before_what_is_slow_to_import():
+    """--help and a bad flag wait for PyTorch alone."""
+    slow = {"torchvision", "torch._dynamo", "tensorboard", "matplotlib", "sklearn", "scipy", "torch_fidelity"}
+    code = f"import sys, {', '.join(SCRIPTS)}; print(sorted({slow} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
