@@ -7,6 +7,7 @@ cut at 2 S, and a number is that number. `conv 3-64 4x4 stride 2 pad 1` has 3 ch
 
 Layers, laws and numbers of parameters are those of Li et al. 2017 and their code; Wang et al. 2019, Tables S1
 and S2, and their code; Arbel et al. 2018's code; Srivastava et al. 2020, Tables 3, 5, 6, 7, and Julia code.
+Those of GAMN are from the code of Gulrajani et al. 2017 ([C:IW]), on which its paper builds.
 """
 
 import math
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+import gamn
 import gmmn
 import gram_net
 import mmd_gan
@@ -203,6 +205,168 @@ NETWORKS["gmmn auto-encoder, mnist"] = (
     sigmoid
     linear 1024-784  | normal 0.03125, 0
     sigmoid
+    """,
+)
+
+# --- gamn.py: [C:IW], uniform laws; on toys PyTorch's biases -------------------------------------------
+
+NETWORKS["gamn generator, cifar10"] = (
+    lambda: gamn.Generator((3, 32, 32), 128, 128),
+    (128,),
+    """
+    5179907 parameters
+    linear 128-8192                          | uniform 0.026854, 0
+    batch norm 8192 eps 1e-05 momentum 0.1   | 1, 0
+    relu
+    deconv 512-256 5x5 stride 2 pad 1        | uniform 0.035355, 0
+    pad 0 -1 0 -1
+    batch norm 256 eps 1e-05 momentum 0.1    | 1, 0
+    relu
+    deconv 256-128 5x5 stride 2 pad 1        | uniform 0.05, 0
+    pad 0 -1 0 -1
+    batch norm 128 eps 1e-05 momentum 0.1    | 1, 0
+    relu
+    deconv 128-3 5x5 stride 2 pad 1          | uniform 0.117108, 0
+    pad 0 -1 0 -1
+    tanh
+    """,
+)
+NETWORKS["gamn mapper, cifar10"] = (
+    lambda: gamn.Critic((3, 32, 32), 10, 128),
+    (3, 32, 32),
+    """
+    4189962 parameters
+    pad 1 2 1 2
+    conv 3-128 5x5 stride 2 pad 0            | uniform 0.117108, 0
+    leaky relu 0.2
+    pad 1 2 1 2
+    conv 128-256 5x5 stride 2 pad 0          | uniform 0.05, 0
+    layer norm 256 eps 1e-05                 | 1, 0
+    leaky relu 0.2
+    pad 1 2 1 2
+    conv 256-512 5x5 stride 2 pad 0          | uniform 0.035355, 0
+    layer norm 512 eps 1e-05                 | 1, 0
+    leaky relu 0.2
+    linear 8192-10                           | uniform 0.027047, 0
+    """,
+)
+NETWORKS["gamn generator, mnist"] = (
+    lambda: gamn.Generator((1, 28, 28), 128, 64),
+    (128,),
+    """
+    1562753 parameters
+    linear 128-4096                          | uniform 0.037689, 0
+    batch norm 4096 eps 1e-05 momentum 0.1   | 1, 0
+    relu
+    deconv 256-128 5x5 stride 2 pad 1        | uniform 0.05, 0
+    pad 0 -2 0 -2
+    batch norm 128 eps 1e-05 momentum 0.1    | 1, 0
+    relu
+    deconv 128-64 5x5 stride 2 pad 1         | uniform 0.070711, 0
+    pad 0 -1 0 -1
+    batch norm 64 eps 1e-05 momentum 0.1     | 1, 0
+    relu
+    deconv 64-1 5x5 stride 2 pad 1           | uniform 0.168034, 0
+    pad 0 -1 0 -1
+    tanh
+    """,
+)
+NETWORKS["gamn mapper, mnist"] = (
+    lambda: gamn.Critic((1, 28, 28), 10, 64),
+    (1, 28, 28),
+    """
+    1067786 parameters
+    pad 1 2 1 2
+    conv 1-64 5x5 stride 2 pad 0             | uniform 0.168034, 0
+    leaky relu 0.2
+    pad 1 2 1 2
+    conv 64-128 5x5 stride 2 pad 0           | uniform 0.070711, 0
+    layer norm 128 eps 1e-05                 | 1, 0
+    leaky relu 0.2
+    pad 2 2 2 2
+    conv 128-256 5x5 stride 2 pad 0          | uniform 0.05, 0
+    layer norm 256 eps 1e-05                 | 1, 0
+    leaky relu 0.2
+    linear 4096-10                           | uniform 0.038227, 0
+    """,
+)
+NETWORKS["gamn generator, 64x64"] = (
+    lambda: gamn.Generator((3, 64, 64), 128, 64),
+    (128,),
+    """
+    5364739 parameters
+    linear 128-8192                          | uniform 0.034641, 0
+    batch norm 512 eps 1e-05 momentum 0.1    | 1, 0
+    relu
+    deconv 512-256 5x5 stride 2 pad 1        | uniform 0.034641, 0
+    pad 0 -1 0 -1
+    batch norm 256 eps 1e-05 momentum 0.1    | 1, 0
+    relu
+    deconv 256-128 5x5 stride 2 pad 1        | uniform 0.034641, 0
+    pad 0 -1 0 -1
+    batch norm 128 eps 1e-05 momentum 0.1    | 1, 0
+    relu
+    deconv 128-64 5x5 stride 2 pad 1         | uniform 0.034641, 0
+    pad 0 -1 0 -1
+    batch norm 64 eps 1e-05 momentum 0.1     | 1, 0
+    relu
+    deconv 64-3 5x5 stride 2 pad 1           | uniform 0.034641, 0
+    pad 0 -1 0 -1
+    tanh
+    """,
+)
+NETWORKS["gamn mapper, 64x64"] = (
+    lambda: gamn.Critic((3, 64, 64), 10, 64),
+    (3, 64, 64),
+    """
+    4390282 parameters
+    pad 1 2 1 2
+    conv 3-64 5x5 stride 2 pad 0             | uniform 0.034641, 0
+    leaky relu 0.2
+    pad 1 2 1 2
+    conv 64-128 5x5 stride 2 pad 0           | uniform 0.034641, 0
+    layer norm 128 eps 1e-05                 | 1, 0
+    leaky relu 0.2
+    pad 1 2 1 2
+    conv 128-256 5x5 stride 2 pad 0          | uniform 0.034641, 0
+    layer norm 256 eps 1e-05                 | 1, 0
+    leaky relu 0.2
+    pad 1 2 1 2
+    conv 256-512 5x5 stride 2 pad 0          | uniform 0.034641, 0
+    layer norm 512 eps 1e-05                 | 1, 0
+    leaky relu 0.2
+    linear 8192-10                           | uniform 0.034641, 0
+    """,
+)
+NETWORKS["gamn generator, toys"] = (
+    lambda: gamn.Generator((2,), 2, 512),
+    (2,),
+    """
+    527874 parameters
+    linear 2-512                             | uniform 1.732051, uniform 0.707107
+    relu
+    linear 512-512                           | uniform 0.108253, uniform 0.044194
+    relu
+    linear 512-512                           | uniform 0.108253, uniform 0.044194
+    relu
+    linear 512-2                             | uniform 0.108042, uniform 0.044194
+    """,
+)
+NETWORKS["gamn mapper, toys"] = (
+    lambda: gamn.Critic((2,), 10, 512),
+    (2,),
+    """
+    535050 parameters
+    linear 2-512                             | uniform 1.732051, uniform 0.707107
+    layer norm 512 eps 1e-05                 | 1, 0
+    relu
+    linear 512-512                           | uniform 0.108253, uniform 0.044194
+    layer norm 512 eps 1e-05                 | 1, 0
+    relu
+    linear 512-512                           | uniform 0.108253, uniform 0.044194
+    layer norm 512 eps 1e-05                 | 1, 0
+    relu
+    linear 512-10                            | uniform 0.107211, uniform 0.044194
     """,
 )
 
@@ -807,6 +971,23 @@ SETTINGS = [  # script, what is asked for, what is then set
         ),
     ),
     (gmmn, dict(dataset="mnist", autoencoder=True), dict(feature_dim=32, ae_steps=3000, bandwidths=(1.0,))),
+    # Batch sizes and d: the GAMN paper; the rest: [C:IW], bandwidths: [C:Li]
+    *(
+        (
+            gamn,
+            dict(dataset=name),
+            dict(
+                image_size=size, batch_size=batch, width=width, beta1=beta1, beta2=0.9, learning_rate=1e-4,
+                critic_learning_rate=1e-4, latent_dim=128, feature_dim=10, n_critic=5, n_generator=1,
+                lambda_reg=10.0, gp_target=1.0, total_steps=200_000, kernel="rbf", bandwidths=LI,
+                data_mmd_weight=0.0, sample_bn="batch",
+            ),
+        )
+        for name, size, batch, width, beta1 in (
+            ("mnist", 28, 50, 64, 0.5), ("cifar10", 32, 64, 128, 0.5), ("lsun-bedroom", 64, 64, 64, 0.0),
+        )
+    ),
+    (gamn, dict(dataset="swissroll"), dict(batch_size=256, latent_dim=2, feature_dim=10)),
     # [C:Li]: its schedule makes so many updates of the generator in 1000 epochs
     (
         mmd_gan,
