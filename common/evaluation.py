@@ -65,9 +65,10 @@ class Evaluator:
         elif args.eval_features not in ("inception", "pixels"):
             self.extractor, self.weights = load_network(args.eval_features, self.device)
 
-    def set_reference(self, data: datasets.Batches) -> None:
+    def set_reference(self, data: datasets.Batches, count: int | None = None) -> None:
         """Take the images of data, or of another split if args say so, for the real ones.
 
+        count: how many samples they are compared with; None is as many as there are.
         BadInput: no such split, too few images, or images most of which are equal.
         """
         args, self.data = self.args, data
@@ -78,9 +79,10 @@ class Evaluator:
         images = data.images
         if args.eval_split != data.split:
             images = datasets.load_images(data.name, args.data_dir, data.shape[-1], args.eval_split)
-        self.count = n = min(args.eval_samples, len(images))
+        n = min(args.eval_samples, len(images))
         require(n >= 10, f"the number of images of {data.name}", n, "at least 10")
-        self.protocol = {"samples": n, "reference": f"{n} of {args.eval_split}"}
+        self.count = count or n
+        self.protocol = {"reference": f"{n} of {args.eval_split}"}
         if args.eval_features == "inception":
             features = f"torch-fidelity inception-v3-compat, 2048, float32, weights {self.weights}"
             others = {"is": "10 splits", "precision, recall": "k = 3"}
@@ -95,44 +97,90 @@ class Evaluator:
         if not self.only_fid:
             kid = "unbiased, cubic kernel, mean of 100 subsets of min(1000, n / 2); kid_se: jackknife"
             self.protocol |= {"kid": kid} | others
-
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(images.device)
-        chunks, path = order[:n].split(CHUNK), None
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:n]
+        path = None
         if self.weights and self.rank == 0:  # a hash of all that the statistics depend on, images included
             key = hashlib.sha256(repr((self.protocol, data.shape, self.device.type)).encode())
-            for chunk in chunks:
+            for chunk in order.to(images.device).split(CHUNK):
                 key.update(images[chunk].cpu().contiguous().numpy())
-            name = f"{data.name.split(':')[0]}-{args.eval_split}-{n}-{key.hexdigest()[:16]}.npz"
-            path = Path(args.data_dir, "evaluation", name)
-        self.reference = read_reference(path) if path else None  # used by the first process alone
-        if not from_first(lambda: self.reference is not None):
-            statistics, outputs = self.extract(lambda i: images[chunks[i]])
-            if self.rank == 0:
-                self.reference = statistics.result()
-                if not self.only_fid:
-                    self.reference["features"] = outputs[0]
-            if path:
-                write_reference(path, self.reference)
-        if self.rank == 0 and not self.only_fid and not self.weights:
-            self.median = median_distance(self.reference["features"][:1000])
+            name = f"{data.name.split(':')[0]}-{args.eval_split}-{n}-{key.hexdigest()[:16]}"
+            path = Path(args.data_dir, "evaluation", f"{name}.npz")
+        self.reference = cached(path, lambda: self.describe(images, order))  # used by the first process alone
+
+        held_out = self.load_held_out(data)
+        if held_out is None:
+            which, floor = (
+                "drawn",
+                f"{self.count} images against {n}, drawn from the reference with replacement",
+            )
+        else:
+            which = "held-out"
+            floor = f"{min(self.count, len(held_out))} images of the other split against the reference"
+        path = path and path.with_name(f"{name}-floor-{which}-{self.count}.npz")
+        distances = cached(path, lambda: self.floor(images, order, held_out))
+        self.protocol |= {"samples": self.count, "floor": floor}
+        if self.rank == 0:
+            self.protocol |= {
+                f"floor {self.name_of(name)}": value.item() for name, value in distances.items()
+            }
+            if not self.only_fid and not self.weights:
+                self.median = median_distance(self.reference["features"][:1000])
         if args.ms_ssim:
             self.protocol["ms_ssim"] = "pairs of samples, 256 x 256, 5 scales"
 
+    def load_held_out(self, data: datasets.Batches) -> Tensor | None:
+        """Return the images of the split that is not the reference; None: there is none, or not here."""
+        other = {"train": "test", "test": "train"}.get(self.args.eval_split)
+        try:
+            return other and datasets.load_images(data.name, self.args.data_dir, data.shape[-1], other)
+        except BadInput:
+            return None
+
+    def describe(self, images: Tensor, indices: Tensor) -> dict[str, Tensor] | None:
+        """Return, to the first process, statistics of some of the images and, but for FID alone, features."""
+        chunks = indices.to(images.device).split(CHUNK)
+        statistics, outputs = self.extract(lambda i: images[chunks[i]], len(indices))
+        if self.rank > 0:
+            return None
+        return statistics.result() | ({} if self.only_fid else {"features": outputs[0]})
+
+    def floor(self, images: Tensor, order: Tensor, held_out: Tensor | None) -> dict[str, Tensor] | None:
+        """Return, to the first process, the distances of real images: what a perfect generator would have."""
+        generator, n = torch.Generator().manual_seed(2), len(order)
+        if held_out is None:
+            x = self.describe(images, order[torch.randint(n, (n,), generator=generator)])
+            y = self.describe(images, order[torch.randint(n, (self.count,), generator=generator)])
+        else:
+            x = self.reference
+            y = self.describe(held_out, torch.randperm(len(held_out), generator=generator)[: self.count])
+        if self.rank > 0:
+            return None
+        values = self.distances(x, y)
+        values.pop("kid_se", None)
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+
+    def distances(self, x: dict[str, Tensor], y: dict[str, Tensor]) -> dict[str, float]:
+        """Return the distances between images that describe returned."""
+        values = {"fid": frechet_distance(x, y)}
+        if not self.only_fid:
+            values["kid"], values["kid_se"] = kernel_distance(x["features"], y["features"])
+        return values
+
     @torch.no_grad()
-    def extract(self, chunk: Callable, pairs: bool = False) -> tuple["Statistics", list[Tensor]]:
-        """Return, to the first process, the statistics of the features of images and, but for FID alone, what
-        the extractor makes of them: features and, if it is Inception, logits, (count, ...) on the CPU.
+    def extract(self, chunk: Callable, count: int, pairs: bool = False) -> tuple["Statistics", list[Tensor]]:
+        """Return, to the first process, statistics of the features of count images and, but for FID alone,
+        what the extractor makes of them: features and, of Inception, logits, (count, ...) on the CPU.
 
         chunk: of i, images i * CHUNK to (i + 1) * CHUNK, uint8; process r of N asks for every N-th from r on.
         pairs: MS-SSIM is what the extractor makes of them, too, as the last.
         """
-        statistics, kept, last = Statistics(), [], (self.count - 1) // CHUNK
+        statistics, kept, last = Statistics(), [], (count - 1) // CHUNK
         bar = tqdm(
             range(0, last + 1, self.world_size), "evaluating", leave=False, disable=self.rank > 0 or None
         )
         for first in bar:
             i = min(first + self.rank, last)  # who has none left repeats the last, which is cut off below
-            images = chunk(i)[: self.count - i * CHUNK].to(self.device)
+            images = chunk(i)[: count - i * CHUNK].to(self.device)
             batches = []
             for batch in images.split(64):
                 outputs = [*self.extractor(batch)]
@@ -143,7 +191,7 @@ class Evaluator:
             for parts in zip(*batches):
                 output = torch.cat(parts)
                 padded = F.pad(output, (0, 0, 0, CHUNK - len(output)))  # all processes give equally many rows
-                gathered.append(kernels.gather(padded).cpu()[: self.count - first * CHUNK])
+                gathered.append(kernels.gather(padded).cpu()[: count - first * CHUNK])
             if self.rank == 0:
                 for features in gathered[0].split(CHUNK):  # as one process would have them
                     statistics.add(features)
@@ -179,17 +227,17 @@ class Evaluator:
         """
         if self.data.name in datasets.TOYS:
             return toy_metrics(self.data.name, self.all_samples(sample))
-        statistics, outputs = self.extract(lambda i: self.chunk(sample, i), self.args.ms_ssim)
+        statistics, outputs = self.extract(lambda i: self.chunk(sample, i), self.count, self.args.ms_ssim)
         return from_first(lambda: self.compare(statistics, outputs))
 
     def compare(self, statistics: "Statistics", outputs: list[Tensor]) -> dict[str, float]:
         """Return the metrics, given what extract returned of the samples."""
         others = {"ms_ssim": outputs.pop().nanmean().item()} if self.args.ms_ssim else {}
-        values = {"fid": frechet_distance(self.reference, statistics.result())}
+        found = statistics.result() | ({} if self.only_fid else {"features": outputs[0]})
+        values = self.distances(self.reference, found)
         if not self.only_fid:
             real, fake, *logits = self.reference["features"], *outputs
             self.features = real[:KEPT], fake[:KEPT]
-            values["kid"], values["kid_se"] = kernel_distance(real, fake)
             if logits:
                 values |= inception_scores(logits[0])
             if self.weights:
@@ -514,6 +562,16 @@ def load_inception(path: str | None, device: torch.device) -> tuple[Callable, st
     return lambda images: network(images.expand(-1, 3, -1, -1)), weights
 
 
+def cached(path: Path | None, compute: Callable[[], dict[str, Tensor] | None]) -> dict[str, Tensor] | None:
+    """Return, to the first process, which knows the path, what is there, or what all processes compute."""
+    found = read_reference(path) if path else None
+    if not from_first(lambda: found is not None):
+        found = compute()
+        if path:
+            write_reference(path, found)
+    return found
+
+
 def read_reference(path: Path) -> dict[str, Tensor] | None:
     """Return what write_reference wrote, or None: nothing is there, or, with a warning, it is damaged."""
     try:
@@ -672,7 +730,9 @@ def main(args: Args) -> dict[str, float]:
     ok = not file or (os.access(file.parent, os.W_OK) and not file.is_dir())
     require(ok, "--json", args.json, "a file in a folder that can be written to")
     sides = side_of("REAL", args.real, args), side_of("FAKE", args.fake, args)
-    evaluator = Evaluator(SimpleNamespace(**vars(args), eval_split="REAL", dataset="REAL"))
+    name, _, split = args.real.partition(":")
+    name, split = (name, split or "train") if name in datasets.IMAGES else ("REAL", "REAL")
+    evaluator = Evaluator(SimpleNamespace(**vars(args), eval_split=split, dataset=name))
     real, real_values = read_images("REAL", args.real, sides[0], args.data_dir)
     fake, fake_values = read_images("FAKE", args.fake, sides[1], args.data_dir)
     channels = max(real.shape[1], fake.shape[1])
@@ -682,16 +742,20 @@ def main(args: Args) -> dict[str, float]:
     require(ok, "FAKE", sizes, f"{expected} as REAL; --image-size resizes folders and data sets")
     count = min(args.eval_samples, len(fake))
     require(count >= 10, "the number of images of FAKE", count, "at least 10 (of a run: its samples.npz)")
-    data = SimpleNamespace(name="REAL", images=real, shape=real.shape[1:], value_range=(0, 255), split="REAL")
-    evaluator.set_reference(data)
-    evaluator.count = count  # of FAKE may differ from that of REAL
+    data = SimpleNamespace(name=name, images=real, shape=real.shape[1:], value_range=(0, 255), split=split)
+    evaluator.set_reference(data, count)
     order = torch.randperm(len(fake), generator=torch.Generator().manual_seed(1))[:count]
     metrics = evaluator.metrics(lambda n, i: fake[order[i * n : (i + 1) * n]])
-    protocol = evaluator.protocol | {"samples": count}
-    protocol |= {"real": f"{args.real} ({real_values})", "fake": f"{args.fake} ({fake_values})"}
+    protocol = evaluator.protocol | {
+        "real": f"{args.real} ({real_values})",
+        "fake": f"{args.fake} ({fake_values})",
+    }
     if evaluator.rank == 0:
+        if evaluator.weights and count < 10_000:
+            print(f"warning: of {count} samples, distances of features are bias more than anything else")
         for name, value in metrics.items():
-            print(f"{name:20} {value:.6g}")
+            floor = protocol.get(f"floor {name}")
+            print(f"{name:20} {value:.6g}" + (f" ({floor:.4g} of real images)" if floor is not None else ""))
         for name, value in protocol.items():
             print(f"{name:20} {value}")
         if file:

@@ -543,7 +543,7 @@ def test_the_frechet_distance_alone_is_that_among_others(monkeypatch, tmp_path, 
         assert (weights or "pixels") in evaluator.protocol["features"]
     assert tuple(found["all"]) == (*names, "ms_ssim")
     assert found["fid"] == pytest.approx({key: found["all"][key] for key in (names[0], "ms_ssim")}, rel=1e-9)
-    assert len([*tmp_path.glob("evaluation/*.npz")]) == (2 if weights else 0)  # of different content
+    assert len([*tmp_path.glob("evaluation/*.npz")]) == (4 if weights else 0)  # of different content
 
 
 def test_for_the_frechet_distance_alone_no_features_are_kept(tiny, tmp_path):
@@ -552,7 +552,7 @@ def test_for_the_frechet_distance_alone_no_features_are_kept(tiny, tmp_path):
     for metrics in ("all", "fid"):
         evaluator, data = digits(eval_features="inception", eval_metrics=metrics, data_dir=tmp_path)
         chunks = data.images.split(evaluation.CHUNK)
-        found, outputs = evaluator.extract(chunks.__getitem__)
+        found, outputs = evaluator.extract(chunks.__getitem__, 600)
         tensors = (*vars(found).values(), *outputs, *evaluator.reference.values())
         kept[metrics] = sum(tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor))
     statistics = 2 * (8 + 8 * 8)  # of both sides
@@ -566,14 +566,16 @@ def cached(tmp_path, **options):
     """Metrics of 300 digits against 280, and what is in the cache."""
     evaluator, data = digits(eval_features="inception", eval_samples=280, data_dir=tmp_path, **options)
     metrics = evaluator.metrics(sampler_of(data.images[300:]))
-    return metrics, sorted(f for f in (tmp_path / "evaluation").glob("*") if f.name != "lock")
+    return metrics, sorted(
+        f for f in (tmp_path / "evaluation").glob("*") if f.name != "lock" and "floor" not in f.name
+    )
 
 
 def test_the_reference_is_computed_once(tiny, tmp_path):
     first, files = cached(tmp_path)
-    assert sum(tiny) == 560
+    assert sum(tiny) == 4 * 280  # the reference, twice as many of it for the floor, and the samples
     again, same_files = cached(tmp_path)
-    assert sum(tiny) == 560 + 280
+    assert sum(tiny) == 5 * 280
     assert again == first
     assert same_files == files
     assert [file.suffix for file in files] == [".npz"]
@@ -614,7 +616,7 @@ def test_a_damaged_cache_is_computed_again(tiny, tmp_path, capsys, damage):
 def test_a_cache_that_cannot_be_written_is_done_without(tiny, tmp_path, capsys, monkeypatch):
     (tmp_path / "evaluation").write_text("a file where a folder should be")
     metrics = digits(eval_features="inception", eval_samples=280, data_dir=tmp_path)[0]
-    assert capsys.readouterr().out.count("could not be written") == 1
+    assert capsys.readouterr().out.count("could not be written") == 2  # reference and floor
     assert metrics.reference is not None
     (tmp_path / "evaluation").unlink()
 
@@ -636,6 +638,48 @@ def test_the_reference_is_the_split_that_was_asked_for(tiny, tmp_path, monkeypat
         evaluator = evaluator_of(arguments(eval_split=split), data)
         assert evaluator.count == len(evaluator.reference["features"]) == count
         assert evaluator.protocol["reference"] == f"{count} of {split}"
+
+
+def test_the_floor_is_what_held_out_images_have(tiny, tmp_path, monkeypatch, capsys):
+    """Equally many of the other split against the reference, computed once; printed beside the number."""
+    images = datasets.load_images("digits", ".", None, "train")
+    splits = {"train": images[:600], "test": images[600:1000]}
+    monkeypatch.setattr(datasets, "load_images", lambda name, data_dir, size, split: splits[split])
+    data = SimpleNamespace(name="digits", images=images, shape=(1, 8, 8), value_range=(0, 1), split="all")
+    for split, other, count in (("train", "test", 400), ("test", "train", 400)):
+        args = arguments(eval_split=split, eval_features="inception", data_dir=tmp_path)
+        first, again = evaluator_of(args, data), evaluator_of(args, data)
+        real, fake = first.reference["features"], first_pixels(splits[other])[0]
+        order = torch.randperm(len(fake), generator=torch.Generator().manual_seed(2))[: first.count]
+        fake = fake[order]
+        assert first.protocol["floor fid"] == pytest.approx(frechet_distance(real, fake), rel=1e-9)
+        assert first.protocol["floor kid"] == pytest.approx(kernel_distance(real, fake)[0], rel=1e-9)
+        assert first.protocol["floor"] == f"{count} images of the other split against the reference"
+        assert again.protocol == first.protocol
+    assert sum(tiny) == 600 + 400 + 400 + 400
+    np.save(tmp_path / "fake.npy", splits["test"][:50].numpy())
+    capsys.readouterr()
+    options = dict(data_dir=str(tmp_path), json=str(tmp_path / "results.json"))
+    metrics = evaluation.main(evaluation.Args("digits", str(tmp_path / "fake.npy"), **options))
+    protocol, out = json.loads((tmp_path / "results.json").read_text())["protocol"], capsys.readouterr().out
+    assert protocol["floor"] == "50 images of the other split against the reference"
+    assert f"fid                  {metrics['fid']:.6g} ({protocol['floor fid']:.4g} of real images)\n" in out
+    assert out.count("warning: of 50 samples") == 1
+
+
+def test_the_floor_without_held_out_images_is_that_of_two_draws():
+    """Which has about twice the noise of one: of all 1797 digits 0.036, of a copy of them 0.019."""
+    data = datasets.load(arguments(), "train", (-1, 1), CPU, 0, 1)
+    evaluator, generator = evaluator_of(arguments(), data), torch.Generator().manual_seed(5)
+    x = data.images.flatten(1).double() / 255
+    draws = [x[torch.randint(len(x), (len(x),), generator=generator)] for _ in range(4)]
+    expected = (frechet_distance(*draws[:2]) + frechet_distance(*draws[2:])) / 2
+    assert evaluator.protocol["floor pixel_frechet"] == pytest.approx(expected, rel=0.3)
+    assert evaluator.protocol["floor pixel_frechet"] == pytest.approx(0.036, rel=0.3)
+    assert abs(evaluator.protocol["floor pixel_kid"]) < 0.001
+    assert (
+        evaluator.protocol["floor"] == "1797 images against 1797, drawn from the reference with replacement"
+    )
 
 
 def test_pixels_of_large_images_are_means():
@@ -733,7 +777,7 @@ def test_a_data_set_against_an_array_with_ms_ssim(sides, capsys):
     options = ["--features", "pixels", "--ms-ssim", "--eval-samples", "20"]
     assert compare("digits", sides / "b.npy", *options) is None
     out = capsys.readouterr().out
-    assert "20 of REAL" in out
+    assert "20 of train" in out
     assert out.count("ms_ssim") == 2  # the number and what it is
 
 
@@ -742,7 +786,7 @@ def test_a_comparison_by_the_published_inception(tiny, tmp_path, capsys):
     metrics = evaluation.main(evaluation.Args("digits", "digits", eval_samples=30, data_dir=str(tmp_path)))
     out = capsys.readouterr().out
     assert tuple(metrics) == METRICS
-    assert f"\nkid                  {metrics['kid']:.6g}\n" in out
+    assert f"\nkid                  {metrics['kid']:.6g} (" in out
     assert "\nkid                  unbiased" in out
 
 
@@ -905,7 +949,7 @@ def test_two_processes_find_what_one_does(tmp_path):
         for mine, theirs, others in zip(a[1], b[1], c[1], strict=True):
             assert torch.equal(mine, theirs)
             assert torch.equal(mine, others)
-    assert len([*(tmp_path / "data-2" / "evaluation").glob("*.npz")]) == 1
+    assert len([*(tmp_path / "data-2" / "evaluation").glob("*.npz")]) == 2
 
 
 # --- Inception -----------------------------------------------------------------------------------
@@ -1064,7 +1108,7 @@ def test_metrics_of_features_of_ones_own_are_named_after_the_file(exported_featu
     assert metrics[f"kid[{tag}]"] == pytest.approx(kernel_distance(real, fake)[0], rel=1e-3)
     assert metrics[f"cmmd[{tag}]"] == pytest.approx(evaluation.cmmd(real, fake), rel=1e-3)
     assert f"network.pt2, 8, file {tag}" in evaluator.protocol["features"]
-    assert len([*tmp_path.glob("evaluation/*.npz")]) == 1
+    assert len([*tmp_path.glob("evaluation/*.npz")]) == 2
     alone, _ = digits(eval_features=str(file), data_dir=tmp_path, eval_metrics="fid")
     assert tuple(alone.metrics(sampler_of(data.images))) == (f"frechet[{tag}]",)
 
