@@ -54,6 +54,20 @@ KEYS = {
     "test_gram_training": ("gram", r"step_.*"),
 }
 
+# Known difference of tests/parity/README.md: the deviation that says it, and words that stand there.
+DEVIATIONS = [
+    (2, repulsive, 3, "for lambda < 0"),
+    (3, repulsive, 7, "1 is taken off for rbf-b too"),
+    (4, smmd_gan, 3, "over the rows"),
+    (5, smmd_gan, 2, "e = 1e-5"),
+    (6, smmd_gan, 4, "true diagonal"),
+    (7, smmd_gan, 9, "ours is another estimate"),
+    (8, gmmn, 2, "1e-10"),
+    (8, gram_net, 2, "square root of the MMD^2"),
+    (9, gram_net, 4, "mean over the bandwidths"),
+    (11, repulsive, 2, "starts unnormalised"),
+]
+
 
 class Numbers:
     """The arrays of one file, by key; it remembers which were looked at, and the largest difference."""
@@ -119,14 +133,24 @@ def theirs(request):
 
 
 def test_no_number_is_left_out():
-    tests = {name for name in globals() if name.startswith("test_")} - {"test_no_number_is_left_out"}
-    assert set(KEYS) == tests
+    tests = {name for name, test in globals().items() if name.startswith("test_")}
+    assert set(KEYS) == tests - {"test_no_number_is_left_out", "test_known_differences_are_deviations"}
     files = {path.stem for path in FOLDER.glob("*.npz")}
     assert files == {name for name, _ in KEYS.values()}
     for name in files:
         patterns = [pattern for file, pattern in KEYS.values() if file == name]
         left = [key for key in Numbers(name).arrays if not any(re.fullmatch(p, key) for p in patterns)]
         assert not left, f"{name}.npz: no test has {left}"
+
+
+def test_known_differences_are_deviations():
+    listed = (FOLDER / "README.md").read_text().split("## Known differences")[1]
+    for difference, script, number, words in DEVIATIONS:
+        pattern = r"^ {1,2}(\d+)\. (.*?)(?=^ {1,2}\d+\. |^\w|\Z)"
+        deviations = dict(re.findall(pattern, script.__doc__, re.M | re.S))
+        assert words in " ".join(deviations[str(number)].split()), (difference, script.__name__, number)
+        (entry,) = re.findall(rf"^{difference}\. .*", listed, re.M)
+        assert f"deviation {number} of `{script.__name__}.py`" in entry, difference
 
 
 # --- training loops ----------------------------------------------------------------------------------
@@ -354,8 +378,9 @@ def test_rq_linear_as_coded(theirs):
 
 
 def test_distance_kernel(theirs):
-    """Known difference 5: they add e = 1e-5 under each root."""
+    """Known difference 5: they add e = 1e-5 under each root; a has points that are nearer than 3e-3."""
     e = 1e-5
+    sizes = {"a": (7.93e-5, 3.30e-2), "b": (1.01e-6, 9.84e-7), "c": (2.17e-7, 1.29e-6)}  # value, gradient
     for data in "abc":
         x, y = theirs.variable(f"{data}_x"), theirs.variable(f"{data}_y")
         with_e = [-(d2 + e).sqrt() for d2 in kernels.squared_distance_blocks(x, y)]
@@ -366,7 +391,11 @@ def test_distance_kernel(theirs):
             ours = kernels.mmd2(*without, estimator)
             if estimator == "biased":  # their diagonal is -sqrt(e), ours 0
                 ours = ours - e**0.5 * (1 / len(x) + 1 / len(y))
-            assert 1e-8 < theirs.difference(key, ours) < 1e-4
+            assert theirs.difference(key, ours) < 1e-4
+            if estimator == "unbiased":
+                (slope,) = torch.autograd.grad(ours, x, retain_graph=True)
+                found = theirs.difference(key, ours), theirs.difference(f"{key}_gx", slope)
+                assert found == pytest.approx(sizes[data], rel=0.01)
 
 
 def test_scaled_mmd(theirs):
