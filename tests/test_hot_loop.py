@@ -1,10 +1,12 @@
-"""What makes a GPU wait: no step asks for a number, no compiled network breaks its graph."""
+"""What makes a step slow: asking for a number, a broken graph, convolutions that the update does not need."""
 
 from importlib import import_module
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from common import run
 
@@ -116,3 +118,107 @@ def test_networks_compile_without_a_break(script, dataset):
         torch.testing.assert_close(compiled, plain)
         compiled.sum().backward()
         assert all(p.grad is not None for p in network.parameters() if p.requires_grad)
+
+
+def test_power_iteration_moves_once_in_compiled_networks_too():
+    """Two forwards that share their normalised weights: what is cached for the first serves the second."""
+    module, _, shape, _, critic = networks("mmd_gan_repulsive", "digits")
+    real, fake = torch.rand(2, 4, *shape)
+    state = {name: value.clone() for name, value in critic.state_dict().items()}
+    outcomes = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        critic.load_state_dict(state)
+        network = torch.compile(critic, backend="eager") if compiled else critic
+        with nn.utils.parametrize.cached():
+            feat = torch.cat([network(real), network(fake)])
+        vectors = [part.v.clone() for part in critic.modules() if isinstance(part, module.SpectralNorm)]
+        outcomes.append([feat.detach(), *vectors])
+    for plain, compiled in zip(*outcomes):
+        torch.testing.assert_close(compiled, plain)
+
+
+# --- convolutions that are called, and those that an update needs -----------------------------------
+
+
+class Costs:
+    """Multiplications and additions in the layers of a network, of a batch x.
+
+    forward: of a forward pass, as much as the gradients of all weights take, or those of all layers' inputs.
+    inner: of the gradients of all inputs but the first layer's, which no update of this network asks for.
+    """
+
+    def __init__(self, network, x, kinds):
+        costs = []
+
+        def note(layer, given, out):
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                positions = out.numel() // layer.weight.shape[0]
+            else:  # a transposed convolution is the adjoint of one: its input takes the output's part
+                positions = given[0].numel() // layer.weight.shape[0]
+            costs.append(2 * positions * layer.weight.numel() * isinstance(layer, kinds))
+
+        for layer in network.modules():
+            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+                layer.register_forward_hook(note)
+        network(x)
+        self.forward = sum(costs)
+        self.inner = self.forward - costs[0]
+
+
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+BATCH = 12
+
+
+def alternating(g, c, n_critic):
+    """The critic n_critic times, by generated images that are constants; then the generator."""
+    critic = g.forward + 2 * c.forward + 2 * (c.forward + c.inner)
+    return n_critic * critic + g.forward + 2 * c.forward + c.forward + g.forward + g.inner
+
+
+def simultaneous(g, c):
+    """Gradients of the critic by real and fake, of the generator through the critic of fake alone."""
+    critic = 2 * (c.forward + c.inner)
+    return g.forward + 2 * c.forward + critic + c.forward + g.forward + g.inner
+
+
+NEEDED = {
+    "gmmn": lambda g, c, d: g.forward + g.forward + g.inner,
+    "gamn --n-critic 2 --regularizer l2": lambda g, c, d: alternating(g, c, 2),
+    # In each update of the critic the decoder has two passes, whose gradient goes on to the encoder.
+    "mmd_gan --warmup-critic 2": lambda g, c, d: alternating(g, c, 2) + 2 * 2 * 3 * d.forward,
+    "mmd_gan --warmup-critic 2 --lambda-ae 0": lambda g, c, d: alternating(g, c, 2),
+    # PICO: there and back, the norm, and its gradient by the weight, each of one image.
+    "mmd_gan_repulsive": lambda g, c, d: simultaneous(g, c) + 4 * c.forward // BATCH,
+    "mmd_gan_repulsive --critic-norm pim": lambda g, c, d: simultaneous(g, c),
+    "mmd_gan_repulsive --loss hinge --critic-norm pim": lambda g, c, d: simultaneous(g, c),
+    "smmd_gan --warmup-critic 2 --constraint none": lambda g, c, d: alternating(g, c, 2),
+    "gram_net": lambda g, c, d: simultaneous(g, c),
+}
+
+
+def called(script, options, steps, folder):
+    """Return what train calls in so many steps, by torch's counter: convolutions, or in gmmn.py products."""
+    operations = ("convolution", "convolution_backward") if script != "gmmn" else ("mm", "addmm")
+    module = import_module(script)
+    options = [*SMALL, *options, "--batch-size", str(BATCH), "--total-steps", str(steps)]
+    with FlopCounterMode(display=False) as counter:
+        module.train(run.parse(module.Args, [*options, "--runs-dir", str(folder / str(steps))]))
+    counts = counter.get_flop_counts()["Global"]
+    return sum(count for operation, count in counts.items() if operation.__name__ in operations)
+
+
+@pytest.mark.parametrize("case", NEEDED)
+def test_every_convolution_that_is_called_is_needed(case, tmp_path):
+    script, *options = case.split()
+    module, args, shape, generator, critic = networks(script, "digits")
+    kinds = CONVOLUTIONS if script != "gmmn" else (nn.Linear,)
+    g = Costs(generator, module.draw_noise(BATCH, args, torch.device("cpu")), kinds)
+    c = Costs(critic, torch.rand(BATCH, *shape), kinds) if critic else None
+    d = None
+    if script == "mmd_gan":
+        d = Costs(module.Decoder(shape, args.feature_dim, 16), torch.rand(BATCH, args.feature_dim), kinds)
+    # A second step, so that what is made once and the picture at the end cancel.
+    assert called(script, options, 2, tmp_path) - called(script, options, 1, tmp_path) == NEEDED[case](
+        g, c, d
+    )
