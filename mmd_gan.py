@@ -383,6 +383,8 @@ def train(args: Args) -> dict[str, float]:
     models = dict(generator=generator, critic=critic, g_optimizer=g_optimizer, c_optimizer=c_optimizer)
     models["decoder"] = decoder
     run.prepare(models, device)  # on GPUs: channels last, batch norm over all processes
+    for network in (generator, critic, decoder):
+        network.to(memory_format=torch.channels_last)  # on a CPU too: a step is a sixth faster
     models["data"] = data  # of which a checkpoint knows what it is, so that no other is gone on with
     if args.ema_decay:
         models["ema"] = copy.deepcopy(generator)
