@@ -14,6 +14,8 @@ import pickle
 import shutil
 import sys
 import tarfile
+import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -667,6 +669,7 @@ def convert_all(numbered: Iterable[tuple], count: int, convert: Callable) -> Ite
         batch_size=None,
         sampler=tasks(numbered),
         num_workers=workers,
+        worker_init_fn=leave_with_parent,
         generator=torch.Generator(),  # or it would draw from the global one
     )
     try:
@@ -676,6 +679,18 @@ def convert_all(numbered: Iterable[tuple], count: int, convert: Callable) -> Ite
             yield part
     except RuntimeError as error:
         raise Failed(f"a process that converts images is gone; the same command goes on ({error})") from error
+
+
+def leave_with_parent(worker: int) -> None:
+    """End this process once the one that started it is killed: it would wait for ever to be read from."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def tasks(numbered: Iterable[tuple]) -> Iterable[list[tuple]]:

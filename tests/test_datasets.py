@@ -925,24 +925,31 @@ def test_a_process_that_cannot_read_an_image_says_so_in_one_line(tmp_path):
 
 
 def slow(number, item):
+    Path(f"pid-{os.getpid()}").touch()
     time.sleep(0.01)
-    return np.full(1, item, np.uint8)
+    return np.full(4096, item, np.uint8)  # 64 of which are more than a pipe takes
 
 
 def test_a_conversion_by_several_processes_that_is_killed_goes_on(tmp_path, monkeypatch):
-    """As soon as those are gone too, which look every five seconds whether there is anybody to work for."""
+    """And none of those processes is left."""
     monkeypatch.setattr(datasets, "CHUNK", 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     file, partial = tmp_path / "x.npy", tmp_path / "x.partial"
-    convert = lambda: datasets.write_array(file, (640, 1), (i % 256 for i in range(640)), slow)  # noqa: E731
+    convert = lambda: datasets.write_array(file, (640, 4096), (i % 256 for i in range(640)), slow)  # noqa: E731
     pid = in_child(convert)
-    while not (partial.exists() and partial.stat().st_size > 128 + 130):
+    while not (partial.exists() and partial.stat().st_size > 130 * 4096):
         time.sleep(0.01)
     os.kill(pid, signal.SIGKILL)
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
     assert not file.exists()
+    orphans = [Path("/proc", path.name.removeprefix("pid-"), "cmdline") for path in Path().glob("pid-*")]
+    assert len(orphans) == 2
     convert()
-    assert np.load(file).flatten().tolist() == [i % 256 for i in range(640)]
+    np.testing.assert_array_equal(np.load(file)[:, 7], np.arange(640) % 256)
+    end = time.monotonic() + 30
+    while any(orphan.exists() and orphan.read_bytes() for orphan in orphans):  # nobody may have waited for it
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def gone(number, item):
