@@ -138,7 +138,8 @@ class Images(Batches):
         super().__post_init__()
         n, size = len(self.images), self.batch_size
         require(size <= n, "--batch-size", size, f"at most {n}, the size of {self.name}")
-        self.epoch = self.next = -1
+        self.epoch = -1  # of which order is
+        self.next = -1  # the batch that the reader has ahead
         here = self.images.device.type == self.device.type and self.images.nbytes <= IN_MEMORY
         self.reader = None if here else ThreadPoolExecutor(1)
 
@@ -269,7 +270,8 @@ def load_images(name: str, data_dir: str, image_size: int | None, split: str) ->
     split: of stl10 train is the unlabelled images; of lsun-bedroom and imagenet test is their validation
     images; of celeba all has its validation images too. BadInput: as load.
     """
-    folder, data_dir = family(name) == "folder", Path(data_dir)
+    data_dir = Path(data_dir)
+    folder = family(name) == "folder"
     if folder or name == "digits":
         require(split == "train", "--eval-split", split, f"train: {family(name)} has no other")
     require(image_size or not folder, "--image-size", image_size, "given with --dataset folder:PATH")
@@ -325,7 +327,8 @@ class ArrayUnpickler(pickle.Unpickler):
 
 def read_cifar10(data_dir: Path, split: str) -> Tensor:
     """Return CIFAR-10 as uint8 (N, 3, 32, 32) from cifar-10-batches-py/ or cifar-10-python.tar.gz."""
-    folder, archive = data_dir / "cifar-10-batches-py", data_dir / "cifar-10-python.tar.gz"
+    folder = data_dir / "cifar-10-batches-py"
+    archive = data_dir / "cifar-10-python.tar.gz"
     names = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
     if folder.exists():
         return torch.from_numpy(np.concatenate([_cifar_images((folder / name).open("rb")) for name in names]))
@@ -377,7 +380,8 @@ def _convert(name: str, data_dir: Path, size: int, parts: tuple[str, ...]) -> Te
         key.update(os.fsencode(str(file).removeprefix(str(root))))
         key.update(f" {stat.st_size} {stat.st_mtime_ns}\n".encode())
     cache = f"{family(name)}-{'+'.join(parts)}-{size}-{key.hexdigest()[:16]}.npy"
-    path, shape = data_dir / "cache" / cache, (found.count, 3, size, size)
+    path = data_dir / "cache" / cache
+    shape = (found.count, 3, size, size)
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(found.left_out.items()))
     note = f"; left out: {reasons}" if reasons else ""
     write_array(path, shape, found.items, functools.partial(crop, name, size), note)
@@ -615,29 +619,38 @@ def write_array(
     One process writes, others wait for it. A file of another size or header is made anew. BadInput: it cannot
     be written, or convert raised it. Failed: a process was killed. SystemExit: a signal asked to stop.
     """
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    start, row, partial = header.getvalue(), math.prod(shape[1:]), path.with_suffix(".partial")
-    whole = len(start) + shape[0] * row
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    header = buffer.getvalue()
+    count, row = shape[0], math.prod(shape[1:])  # images, bytes of each
+    whole = len(header) + count * row
+    partial = path.with_suffix(".partial")
 
     def size(file: Path) -> int:
-        return file.stat().st_size if file.exists() and file.open("rb").read(len(start)) == start else 0
+        """Return the bytes of a file that begins with this header; of none and of others 0."""
+        if not file.exists():
+            return 0
+        with open(file, "rb") as opened:
+            return file.stat().st_size if opened.read(len(header)) == header else 0
 
     if size(path) == whole:
         return
-    print(f"{path} is made once, of {shape[0]:,} images{note}", flush=True)
+    print(f"{path} is made once, of {count:,} images{note}", flush=True)
     try:
         with FileLock(path.with_suffix(".lock")):
             if size(path) == whole:
                 return
-            done = max(0, size(partial) - len(start) - 1) // (CHUNK * row) * CHUNK
-            free, need = shutil.disk_usage(path.parent).free + size(partial), whole
-            require(free > need, "--data-dir", f"a disk with {free:,} free bytes", f"one with {need:,}")
-            bar = tqdm(total=shape[0], initial=done, desc="converting", unit="image", disable=None)
+            free = shutil.disk_usage(path.parent).free + size(partial)
+            require(free > whole, "--data-dir", f"a disk with {free:,} free bytes", f"one with {whole:,}")
+            done = max(0, size(partial) - len(header) - 1) // (CHUNK * row) * CHUNK
+            bar = tqdm(total=count, initial=done, desc="converting", unit="image", disable=None)
             with open(partial, "ab") as file, bar:
-                file.truncate(len(start) + done * row if done else 0)
-                file.write(b"" if done else start)
-                for part in convert_all(islice(enumerate(items), done, None), shape[0] - done, convert):
+                if done:
+                    file.truncate(len(header) + done * row)
+                else:
+                    file.truncate(0)
+                    file.write(header)
+                for part in convert_all(islice(enumerate(items), done, None), count - done, convert):
                     file.write(part)
                     done += len(part) // row
                     bar.update(len(part) // row)
