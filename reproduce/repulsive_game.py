@@ -70,7 +70,7 @@ class Game:
         """Return the same for points w (n, 2)."""
         return torch.func.vmap(self.descent)(w)
 
-    def equilibrium(self, w: Tensor, steps: int = 5) -> tuple[Tensor, Tensor]:
+    def equilibrium(self, w: Tensor, steps: int = 4) -> tuple[Tensor, Tensor]:
         """Return where both gradients vanish, by Newton's method from w, and the flow's eigenvalues there."""
         for _ in range(steps):
             jacobian = torch.func.jacrev(self.descent)(w)
@@ -103,7 +103,7 @@ def trivial(data: str, generator_rate: float, side: int, steps: int) -> tuple[Te
 
 
 def results(quick: bool) -> list[Row]:
-    count = 100 if quick else 200
+    count = 60 if quick else 200
     rows = []
     paper = {REPULSIVE: (1.55, 0.32), ATTRACTIVE: (1.55, 0.74)}
     exact = {REPULSIVE: (1.5536, 0.3071), ATTRACTIVE: (1.4839, 0.7959)}
@@ -126,8 +126,10 @@ def results(quick: bool) -> list[Row]:
         (REPULSIVE, (0.5, 0.5), (1.000, 0.904)),
         (REPULSIVE, (2.0, 0.5), (math.nan, 0.000)),
     ):
+        if quick and lam == REPULSIVE:
+            continue
         game = Game("uniform", lam, 20)
-        end = follow(game.descent, torch.tensor(start).double(), 0.5, 25 if quick else 80)[-1]
+        end = follow(game.descent, torch.tensor(start).double(), 0.5, 12 if quick else 80)[-1]
         name = "MMD-rbf" if lam == ATTRACTIVE else "MMD-rep"
         rows.append(Row(f"{name}, data U(-1, 1), flow from {start}: w1 at the end", wanted[0], end[0].item()))
         rows.append(Row("  w2 at the end", wanted[1], end[1].item()))
@@ -141,7 +143,7 @@ def results(quick: bool) -> list[Row]:
 
 def draw(args: Args) -> None:
     figure, axes = plt.subplots(1, 4, figsize=(17, 5))
-    side, count = (5, 20) if args.quick else (17, 50)
+    side, count = (3, 20) if args.quick else (17, 50)
     w1, w2 = torch.linspace(0.02, 3, side).double(), torch.linspace(0.0, 1.5, side).double()
     panels = (
         ("(a) MMD-rbf, data U(-1, 1)", "uniform", ATTRACTIVE, None),
@@ -153,13 +155,14 @@ def draw(args: Args) -> None:
         game = Game(data, lam, count)
         field = torch.stack([game.descents(torch.stack([w1, w.expand(side)], 1)) for w in w2])  # (w2, w1, 2)
         ax.streamplot(
-            w1.numpy(), w2.numpy(), field[..., 0].numpy(), field[..., 1].numpy(), density=1.1, linewidth=0.8,
+            w1.numpy(), w2.numpy(), field[..., 0].numpy(), field[..., 1].numpy(), linewidth=0.8,
+            density=0.3 if args.quick else 1.1,
             color=field.norm(dim=2).log10().clamp(-3, 0).numpy(), cmap="viridis",
         )  # fmt: skip
         if paper is None:
             ax.axvline(1, color="red", label="w1 = 1: the data")
         else:
-            w, _ = Game(data, lam, 100 if args.quick else 200).equilibrium(torch.tensor(paper).double())
+            w, _ = Game(data, lam, 40 if args.quick else 200).equilibrium(torch.tensor(paper).double())
             ax.plot(*paper, "kx", ms=9, mew=2, label=f"paper {paper}")
             ax.plot(*w, "ro", label=f"ours ({w[0]:.3f}, {w[1]:.3f})")
         if lam == REPULSIVE:

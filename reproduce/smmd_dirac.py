@@ -127,7 +127,8 @@ def draw(args: Args) -> None:
         field = torch.stack(rows)  # (psi, theta, 2)
         speed = field.norm(dim=2)
         ax.streamplot(
-            theta_axis.numpy(), psi_axis.numpy(), field[..., 0].numpy(), field[..., 1].numpy(), density=0.9,
+            theta_axis.numpy(), psi_axis.numpy(), field[..., 0].numpy(), field[..., 1].numpy(),
+            density=0.3 if args.quick else 0.9,
             color=speed.log10().clamp(-3, 1).numpy(), cmap="viridis", linewidth=0.8,
         )  # fmt: skip
         path = flow(game, 10 if args.quick else 80)

@@ -1119,6 +1119,22 @@ def test_settings(script, asked, expected):
     assert {name: getattr(args, name) for name in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("script", "dataset", "split"),
+    [
+        (smmd_gan, "cifar10", "all"),  # [C:Arb], [C:Bin]: the test images too
+        (smmd_gan, "mnist", "all"),
+        (smmd_gan, "celeba", "all"),
+        (mmd_gan_repulsive, "celeba", "all"),  # 202,599 images
+        (mmd_gan_repulsive, "cifar10", "train"),
+        (mmd_gan, "celeba", "train"),  # [C:Li]: 162,770 images
+        (gram_net, "cifar10", "train"),
+    ],
+)
+def test_images_that_are_trained_on(script, dataset, split):
+    assert script.resolve(script.Args(dataset=dataset)).train_split == split
+
+
 def test_bandwidths_and_constants_of_gmmn():
     """The numbers of [C:GMMN] are variances; its dropout is that of the encoder's two inputs."""
     args = gmmn.resolve(gmmn.Args(dataset="mnist"))
