@@ -489,11 +489,12 @@ def find_folder(folder: str | Path) -> Found:
     """
     files, left_out, entered = [], Counter(), set()
     for place, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
-        real_place = os.path.realpath(place)
-        if real_place in entered:
+        status = os.stat(place)
+        identity = status.st_dev, status.st_ino  # which a link to the folder shares
+        if identity in entered:
             folders.clear()
             continue
-        entered.add(real_place)
+        entered.add(identity)
         left_out["hidden"] += sum(name.startswith(".") for name in folders)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:

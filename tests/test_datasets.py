@@ -634,8 +634,9 @@ def write_stl10(folder, unlabeled, test):
         (folder / name).write_bytes(b"".join(planes))
 
 
-def test_stl10_is_read_from_its_binary_files(tmp_path):
-    """Against the pixels that were written, and against torchvision's reader."""
+def test_stl10_is_read_from_its_binary_files(tmp_path, monkeypatch):
+    """Against the pixels that were written, and against torchvision's reader; by several processes."""
+    monkeypatch.setattr(datasets, "TASK", 1)
     pixels = np.random.default_rng(0).integers(0, 256, (5, 96, 96, 3), dtype=np.uint8)
     write_stl10(tmp_path / "stl10_binary", pixels[:3], pixels[3:])
     for split, part in (("train", pixels[:3]), ("test", pixels[3:]), ("all", pixels)):
@@ -763,8 +764,10 @@ def test_a_missing_face_is_named(celeba):
 
 
 @pytest.mark.parametrize("exported", [False, True])
-def test_lsun_is_read_from_lmdb_and_from_exported_images(tmp_path, exported):
-    """The centre of images whose shorter side is 32 already: pixel for pixel, in the order of the keys."""
+def test_lsun_is_read_from_lmdb_and_from_exported_images(tmp_path, exported, monkeypatch):
+    """The centre of images whose shorter side is 32 already: pixel for pixel, in the order of the keys; by
+    several processes."""
+    monkeypatch.setattr(datasets, "TASK", 1)
     expected = {}
     for part, sizes in (("train", [(40, 32), (32, 50), (32, 32)]), ("val", [(60, 32)])):
         folder = tmp_path / "lsun" / f"bedroom_{part}_lmdb"
