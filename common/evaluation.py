@@ -54,6 +54,7 @@ class Evaluator:
         BadInput: a network that cannot be had; what a toy has not.
         """
         self.args, self.only_fid = args, args.eval_metrics == "fid"
+        self.looks_for_copies = args.eval_only and not self.only_fid
         self.extractor, self.weights = pixels, None
         self.device, self.rank, self.world_size = run.start(args.device)  # that of the run, if it has begun
         toy = args.dataset in datasets.TOYS
@@ -127,6 +128,33 @@ class Evaluator:
                 self.median = median_distance(self.reference["features"][:1000])
         if args.ms_ssim:
             self.protocol["ms_ssim"] = "pairs of samples, 256 x 256, 5 scales"
+        if self.looks_for_copies:
+            self.prepare_copies(held_out if (data.split, args.eval_split) == ("train", "train") else None)
+
+    def prepare_copies(self, test: Tensor | None) -> None:
+        """Keep the features of training images, and how near to one of them 1 in 100 real test images is.
+
+        test: images that were not trained on; if there are none, half of the others stands for them.
+        """
+        most, generator = self.args.eval_samples, torch.Generator().manual_seed(3)
+        self.trained_on = torch.randperm(len(self.data.images), generator=generator)[:most]
+        trained = self.describe(self.data.images, self.trained_on)
+        if test is not None:
+            chosen = torch.randperm(len(test), generator=generator)[:most]
+            real, of_what = self.describe(test, chosen), f"{len(chosen)} test images"
+        else:
+            real, of_what = None, "one random half of them is to the other"
+        self.protocol["copies"] = (
+            f"nearer to one of {len(self.trained_on)} training images than 1% of {of_what}"
+        )
+        if self.rank == 0:
+            self.trained, half = trained["features"], len(self.trained_on) // 2
+            pair = (
+                (self.trained[:half], self.trained[half:])
+                if test is None
+                else (real["features"], self.trained)
+            )
+            self.near = nearest(*pair, self.device)[0].quantile(0.01)
 
     def load_held_out(self, data: datasets.Batches) -> Tensor | None:
         """Return the images of the split that is not the reference; None: there is none, or not here."""
@@ -215,10 +243,27 @@ class Evaluator:
         return torch.cat(chunks)[: self.count]
 
     def save(self, path: Path, sample: Callable[[int, int], Tensor]) -> None:
-        """Write the samples that are evaluated as the array samples of an .npz file; images as uint8."""
-        if self.rank == 0:
-            samples = self.all_samples(sample).numpy()
-            run.write_whole(path, lambda file: np.savez(file, samples=samples))
+        """Write the samples that are evaluated as the array samples of an .npz file, images as uint8 and
+        (n, h, w, c); beside it copies.png, if copies are looked for."""
+        if self.rank > 0:
+            return
+        samples = self.all_samples(sample)
+        if self.looks_for_copies and self.data.name not in datasets.TOYS:
+            self.draw_copies(path.with_name("copies.png"), samples)
+        array = samples.permute(0, 2, 3, 1).numpy() if samples.ndim == 4 else samples.numpy()
+        run.write_whole(path, lambda file: np.savez(file, samples=array))
+
+    def draw_copies(self, path: Path, samples: Tensor) -> None:
+        """Write a picture of the 8 samples that are nearest to training images, and of 8 others, (n, c, h, w)
+        uint8, each with the training image that is nearest to it beneath."""
+        from torchvision.utils import save_image
+
+        chosen = torch.cat([self.distance.argsort()[:8], torch.arange(8)])
+        found = self.data.images[self.trained_on[self.neighbour[chosen]].to(self.data.images.device)]
+        rows = torch.stack([samples[chosen].float(), found.cpu().float()]) / 255  # (2, 16, c, h, w)
+        rows = rows.unflatten(1, (2, 8)).transpose(0, 1).flatten(0, 2)  # 8 samples, theirs, 8 samples, theirs
+        rows = F.interpolate(rows, scale_factor=max(1, 64 // rows.shape[-1]))
+        save_image(rows, path)
 
     def metrics(self, sample: Callable[[int, int], Tensor]) -> dict[str, float]:
         """Return the metrics of samples: sample(n, i) is chunk i, (n, ...), in the data's value range.
@@ -246,6 +291,9 @@ class Evaluator:
                 values["mmd"] = common_mmd2(real[:TOY_SAMPLES], fake[:TOY_SAMPLES], self.median)
             if self.args.eval_features not in ("inception", "pixels"):
                 values["cmmd"] = cmmd(real.to(self.device), fake.to(self.device))
+            if self.looks_for_copies:
+                self.distance, self.neighbour = nearest(fake, self.trained, self.device)
+                values["copies"] = (self.distance < self.near).double().mean().item()
         return {self.name_of(metric): value for metric, value in values.items()} | others
 
     def name_of(self, metric: str) -> str:
@@ -481,6 +529,16 @@ def ssim(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return (luminance * contrast).mean(2), contrast.mean(2)
 
 
+def nearest(x: Tensor, y: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the distance of each of x (n, d) to the nearest of y (m, d), and which one it is, both (n,)."""
+    y, parts = y.to(device), []
+    for part in x.split(1000):
+        d2 = kernels.squared_distances(part.to(device), y)
+        parts.append(d2.min(1))
+    d2, which = (torch.cat(found).cpu() for found in zip(*parts))
+    return d2.sqrt(), which
+
+
 def inception_scores(logits: Tensor) -> dict[str, float]:
     """Return torch-fidelity's IS of logits (n, classes)."""
     from torch_fidelity.metric_isc import isc_features_to_metric as inception_score
@@ -669,6 +727,7 @@ class Args:
     image_size: int | None = None  # side to which folders and data sets are resized
     ms_ssim: bool = False  # of pairs of FAKE too
     json: str | None = None  # file to write metrics and protocol to
+    copies: str | None = None  # PNG file to draw samples and the images of REAL nearest to them in
     data_dir: str = "data"  # folder of the data sets and of cached statistics
     inception_weights: str | None = None  # file of torch-fidelity's weights (None: torch.hub's copy)
     device: str = "auto"  # a torch device; auto is cuda where there is one, else cpu
@@ -732,7 +791,8 @@ def main(args: Args) -> dict[str, float]:
     sides = side_of("REAL", args.real, args), side_of("FAKE", args.fake, args)
     name, _, split = args.real.partition(":")
     name, split = (name, split or "train") if name in datasets.IMAGES else ("REAL", "REAL")
-    evaluator = Evaluator(SimpleNamespace(**vars(args), eval_split=split, dataset=name))
+    require(not args.copies or args.eval_metrics == "all", "--copies", args.copies, "left out for FID alone")
+    evaluator = Evaluator(SimpleNamespace(**vars(args), eval_split=split, dataset=name, eval_only=True))
     real, real_values = read_images("REAL", args.real, sides[0], args.data_dir)
     fake, fake_values = read_images("FAKE", args.fake, sides[1], args.data_dir)
     channels = max(real.shape[1], fake.shape[1])
@@ -758,6 +818,8 @@ def main(args: Args) -> dict[str, float]:
             print(f"{name:20} {value:.6g}" + (f" ({floor:.4g} of real images)" if floor is not None else ""))
         for name, value in protocol.items():
             print(f"{name:20} {value}")
+        if args.copies:
+            evaluator.draw_copies(Path(args.copies), fake[order])
         if file:
             text = json.dumps({"metrics": metrics, "protocol": protocol}, indent=2, allow_nan=False)
             try:

@@ -210,7 +210,7 @@ def resumes_bit_for_bit(rank, world, folder):
         np.savez = forbidden
     train("--resume", part, "--eval-only", "--eval-features", "pixels")
     with np.load(part / "samples.npz") as samples:
-        assert samples["samples"].shape == (32, 1, 16, 16)
+        assert samples["samples"].shape == (32, 16, 16, 1)
 
 
 def replicas_are_compared(rank, world, folder):

@@ -369,7 +369,7 @@ def test_a_swiss_roll_of_its_inner_half_covers_half(metrics_of):
 def arguments(**kwargs):
     defaults = dict(dataset="digits", data_dir=".", image_size=None, batch_size=4, seed=0)
     defaults |= dict(eval_samples=5000, eval_features="pixels", eval_split="train", inception_weights=None)
-    defaults |= dict(device="cpu", ms_ssim=False, eval_metrics="all")
+    defaults |= dict(device="cpu", ms_ssim=False, eval_metrics="all", eval_only=False)
     return SimpleNamespace(**defaults | kwargs)
 
 
@@ -680,6 +680,75 @@ def test_the_floor_without_held_out_images_is_that_of_two_draws():
     assert (
         evaluator.protocol["floor"] == "1797 images against 1797, drawn from the reference with replacement"
     )
+
+
+@pytest.mark.parametrize("split", ["train", None])
+def test_copies_are_counted_and_drawn(tmp_path, monkeypatch, split):
+    """100 samples, 30 of them training images with a little noise, and 70 real images that are not:
+    all of the former, and 1 in 100 of the latter, are nearer than 1 in 100 test images; with a loop."""
+    digits_ = datasets.load_images("digits", ".", None, "train")
+    trained, test, fake = digits_[:800], digits_[800:1600], digits_[1600:1700].clone()
+    copied = torch.randperm(800, generator=torch.Generator().manual_seed(1))[:30]
+    fake[20:50] = trained[copied]
+    fake[20:50, 0, 0, 0] += 9
+    splits = {"train": trained, "test": test}
+
+    def load_images(name, data_dir, size, which):
+        if split is None:
+            raise BadInput("no test images")
+        return splits[which]
+
+    monkeypatch.setattr(datasets, "load_images", load_images)
+    data = SimpleNamespace(
+        name="digits", images=trained, shape=(1, 8, 8), value_range=(0, 255), split="train"
+    )
+    evaluator = Evaluator(arguments(eval_only=True))
+    evaluator.set_reference(data, 100)
+    metrics = evaluator.metrics(lambda n, i: fake[:n])
+
+    def nearest(x, y):
+        x, y = (images.flatten(1).double().numpy() / 255 for images in (x, y))
+        return np.array([min(np.sqrt(((a - b) ** 2).sum()) for b in y) for a in x])
+
+    order = torch.randperm(800, generator=torch.Generator().manual_seed(3))
+    real = nearest(test, trained) if split else nearest(trained[order[:400]], trained[order[400:]])
+    near = nearest(fake, trained) < np.quantile(real, 0.01)
+    assert near[20:50].all()
+    assert metrics["pixel_copies"] == near.mean() < 0.36
+    evaluator.save(tmp_path / "samples.npz", lambda n, i: fake[:n])
+    assert np.array_equal(np.load(tmp_path / "samples.npz")["samples"], fake.permute(0, 2, 3, 1))
+    picture = torch.from_numpy(np.asarray(Image.open(tmp_path / "copies.png")))[..., 0]
+    tiles = picture[2:266, 2:530].reshape(4, 66, 8, 66).transpose(1, 2)[:, :, :64:8, :64:8]
+    assert torch.equal(tiles[2], fake[:8, 0])  # any samples; above them those that are nearest
+    assert all((trained[copied, 0] == tile).all((1, 2)).any() for tile in tiles[1])
+    assert all((fake[20:50, 0] == tile).all((1, 2)).any() for tile in tiles[0])
+    for sample, neighbour in zip(tiles[2], tiles[3]):
+        distances = (trained[:, 0].double() - sample).square().sum((1, 2))
+        assert (neighbour.double() - sample).square().sum() == distances.min()
+
+
+@pytest.mark.slow
+def test_samples_are_read_by_torch_fidelity(random_inception, tmp_path):
+    """Written as PNG files, which clean-fid and StudioGAN read, too; the distance is ours."""
+    import torch_fidelity
+
+    evaluator, data = digits(
+        eval_features="inception", inception_weights=str(random_inception), eval_samples=40, data_dir=tmp_path
+    )
+    sample = sampler_of(data.images.expand(-1, 3, -1, -1).flip(3))
+    (frechet, *_) = evaluator.metrics(sample).values()
+    evaluator.save(tmp_path / "samples.npz", sample)
+    order = torch.randperm(600, generator=torch.Generator().manual_seed(0))[:40]
+    np.savez(tmp_path / "real.npz", samples=data.images[order].expand(-1, 3, -1, -1).permute(0, 2, 3, 1))
+    for name in ("real", "samples"):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(np.load(tmp_path / f"{name}.npz")["samples"]):
+            Image.fromarray(image.squeeze()).save(tmp_path / name / f"{i}.png")
+    options = dict(fid=True, feature_extractor_weights_path=str(random_inception), cuda=False, cache=False)
+    found = torch_fidelity.calculate_metrics(
+        input1=str(tmp_path / "samples"), input2=str(tmp_path / "real"), **options
+    )
+    assert found["frechet_inception_distance"] == pytest.approx(frechet, rel=1e-4)
 
 
 def test_pixels_of_large_images_are_means():
