@@ -36,7 +36,7 @@ def test_command_parses(script, options, tmp_path, monkeypatch):
 
 def test_evaluation_commands_parse():
     commands = re.findall(r"^ +python -m common\.evaluation (.*)$", README, re.MULTILINE)
-    assert len(commands) == 2
+    assert len(commands) == 3
     for options in commands:
         tyro.cli(evaluation.Args, args=shlex.split(options))
 
