@@ -181,7 +181,11 @@ def command(args) -> str:
         changed = {"resume": args.resume} | changed
     processes = os.environ.get("WORLD_SIZE", "1")
     start = ["python"] if processes == "1" else ["torchrun", "--nproc-per-node", processes]
-    return shlex.join([*start, os.path.relpath(inspect.getfile(type(args))), *words(changed)])
+    file = Path(os.path.relpath(inspect.getfile(type(args))))
+    program = [str(file)]
+    if file.parent.name == "baselines":
+        program = ["-m", f"baselines.{file.stem}"]  # as a module: it imports common
+    return shlex.join([*start, *program, *words(changed)])
 
 
 def resolve(args, *tables: dict, lower_bounds: dict[str, float] | None = None):

@@ -35,7 +35,16 @@ from torchvision.transforms import v2
 from common import datasets, kernels, run
 
 BANDWIDTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
-SCRIPTS = ("gmmn", "gamn", "mmd_gan", "mmd_gan_repulsive", "smmd_gan", "gram_net")
+SCRIPTS = (
+    "gmmn",
+    "gamn",
+    "mmd_gan",
+    "mmd_gan_repulsive",
+    "smmd_gan",
+    "gram_net",
+    "baselines.gan",
+    "baselines.wgan",
+)
 
 
 @dataclass

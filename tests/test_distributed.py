@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from common import datasets, kernels, run
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+SCRIPTS = [*sorted(path.stem for path in ROOT.glob("*.py")), "baselines.gan", "baselines.wgan"]
 
 
 def spawn(function, world, folder):
@@ -66,6 +66,9 @@ CASES = [
     ("gram_net", dict(dataset="ring3d")),
     ("gram_net", dict(dataset="ring3d", as_coded="notebook")),
     ("mmd_gan", dict(lambda_rank=2.0)),
+    ("baselines.gan", dict(loss="hinge", critic_norm="pim")),
+    ("baselines.wgan", {}),
+    ("baselines.wgan", dict(constraint="sobolev", rho=0.5)),
     ("gmmn", {}),
     ("gmmn", dict(dataset="digits", autoencoder=True, ae_steps=1)),
 ]

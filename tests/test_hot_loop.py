@@ -17,6 +17,7 @@ CASES = [
     "mmd_gan --warmup-critic 2", "mmd_gan_repulsive --kernel rbf-b", "mmd_gan_repulsive --lambda-gp 0.1",
     "smmd_gan --warmup-critic 2", "smmd_gan --warmup-critic 2 --constraint gradient-penalty",
     "smmd_gan --warmup-critic 2 --constraint swgan", "gram_net", "gram_net --as-coded notebook",
+    "baselines.gan --critic-norm pim", "baselines.wgan --n-critic 2", "baselines.wgan --constraint sobolev",
 ]  # fmt: skip
 
 

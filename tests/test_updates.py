@@ -326,7 +326,74 @@ def gmmn(script, args, data):
     return models, update
 
 
+def gan(script, args, data):
+    generator = script.Generator(data.shape, args.latent_dim, args.width, args.architecture)
+    norm = args.critic_norm
+    critic = script.Critic(data.shape, args.critic_width, args.architecture, args.weak_critic, norm)
+    g_optimizer = adam(generator, args.learning_rate, args)
+    c_optimizer = adam(critic, args.critic_learning_rate, args)
+    sigmoid = torch.sigmoid
+
+    def update(step, batches):
+        real = next(batches)
+        fake = generator(torch.randn(len(real), args.latent_dim)).detach()
+        a, b = critic(torch.cat([real, fake])).chunk(2)  # in one pass: both see the same weights
+        c_loss = -(sigmoid(a).log().mean() + (1 - sigmoid(b)).log().mean())
+        if args.loss == "hinge":
+            c_loss = (1 - a).clamp_min(0).mean() + (1 + b).clamp_min(0).mean()
+        descend((c_optimizer, c_loss))
+        b = critic(generator(torch.randn(len(real), args.latent_dim)))
+        g_loss = {
+            "minimax": (1 - sigmoid(b)).log().mean(),
+            "non-saturating": -sigmoid(b).log().mean(),
+            "hinge": -b.mean(),
+            "boundary-seeking": (b**2).mean() / 2,
+        }[args.loss]
+        descend((g_optimizer, g_loss))
+
+    return dict(generator=generator, critic=critic, g_optimizer=g_optimizer, c_optimizer=c_optimizer), update
+
+
+def wgan(script, args, data):
+    generator = script.Generator(data.shape, args.latent_dim, args.width)
+    critic = script.Critic(data.shape, args.width, args.constraint)
+    multiplier = script.Multiplier()
+    if args.constraint == "clip":
+        g_optimizer = torch.optim.RMSprop(generator.parameters(), args.learning_rate)
+        c_optimizer = torch.optim.RMSprop(critic.parameters(), args.critic_learning_rate)
+    else:
+        g_optimizer = adam(generator, args.learning_rate, args)
+        c_optimizer = adam(critic, args.critic_learning_rate, args)
+
+    def update(step, batches):
+        for _ in range(args.n_critic):
+            if args.constraint == "clip":
+                for p in critic.parameters():
+                    p.data = p.data.clamp(-args.clip, args.clip)
+            real = next(batches).requires_grad_()
+            fake = generator(torch.randn(len(real), args.latent_dim)).detach().requires_grad_()
+            f_x, f_y = critic(real), critic(fake)
+            c_loss = f_y.mean() - f_x.mean()
+            if args.constraint == "gradient-penalty":
+                u = torch.rand(len(real), 1, 1, 1)
+                t = (1 - u) * real + u * fake
+                c_loss = c_loss + args.lambda_gp * (norm2(critic(t), t).sqrt() - 1).square().mean()
+            if args.constraint == "sobolev":
+                omega = (norm2(f_x, real).mean() + norm2(f_y, fake).mean()) / 2
+                slack = 1 - omega
+                c_loss = c_loss - multiplier.value.clone() * slack + args.rho / 2 * slack**2
+            descend((c_optimizer, c_loss))
+            if args.constraint == "sobolev":  # the gradient of lambda (1 - Omega) by lambda is 1 - Omega
+                multiplier.value -= args.rho * (1 - omega.detach())
+        fake = generator(torch.randn(len(real), args.latent_dim))
+        descend((g_optimizer, -critic(fake).mean()))
+
+    models = dict(generator=generator, critic=critic, g_optimizer=g_optimizer, c_optimizer=c_optimizer)
+    return models | {"multiplier": multiplier}, update
+
+
 GAMES = {game.__name__: game for game in (smmd_gan, mmd_gan, gamn, mmd_gan_repulsive, gram_net, gmmn)}
+GAMES |= {"baselines.gan": gan, "baselines.wgan": wgan}
 
 CASES = [
     ("smmd_gan", dict(feature_dim=2)),
@@ -345,6 +412,13 @@ CASES = [
     ("gram_net", dict(positivity="clip")),
     ("gram_net", dict(as_coded="notebook")),
     ("gram_net", dict(as_coded="julia")),
+    ("baselines.gan", {}),
+    ("baselines.gan", dict(loss="minimax", critic_norm="pim")),
+    ("baselines.gan", dict(loss="hinge", critic_width=3)),
+    ("baselines.gan", dict(loss="boundary-seeking")),
+    ("baselines.wgan", dict(lambda_gp=3.0)),
+    ("baselines.wgan", dict(constraint="clip", clip=0.1, image_size=16)),
+    ("baselines.wgan", dict(constraint="sobolev", rho=0.5)),
     ("gmmn", dict(drop_step=2, kernel="rq")),
     ("gmmn", dict(autoencoder=True, ae_steps=2, drop_step=2)),
 ]
@@ -356,6 +430,8 @@ METHOD = {
     "mmd_gan_repulsive": dict(width=4, latent_dim=3),
     "gram_net": dict(width=4, latent_dim=3, image_size=16),
     "gmmn": dict(width=16, latent_dim=3, image_size=32),
+    "baselines.gan": dict(width=4, latent_dim=3),
+    "baselines.wgan": dict(width=4, latent_dim=3, n_critic=2),
 }
 
 
@@ -376,7 +452,7 @@ def test_updates_by_hand(name, options, layout, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "AE_BATCH", 4, raising=False)
     if name == "smmd_gan":  # its own small weights make features so small that every penalty is a constant
         monkeypatch.setattr(script, "initialise", lambda module: None)
-    side, seed = METHOD[name].get("image_size", 8), torch.Generator().manual_seed(0)
+    side, seed = (METHOD[name] | options).get("image_size", 8), torch.Generator().manual_seed(0)
     images = torch.randint(256, (24, 1, side, side), generator=seed, dtype=torch.uint8)
     monkeypatch.setattr(datasets, "load_images", lambda *_: images)
     trained = {}
