@@ -684,41 +684,41 @@ NETWORKS["smmd_gan generator, 64 pixels"] = (
     batch norm 1024 eps 1e-05 momentum 0.1        | 1, 0
     relu
     nearest x 2
-    nearest x 2
     conv 1024-512 3x3 stride 1 pad 1 no bias      | uniform 0.020833
     batch norm 512 eps 1e-05 momentum 0.1         | 1, 0
     relu
     conv 512-512 3x3 stride 1 pad 1               | uniform 0.025516, 0
+    nearest x 2
     conv 1024-512 1x1 stride 1 pad 0              | uniform 0.0625, 0
     add
     batch norm 512 eps 1e-05 momentum 0.1         | 1, 0
     relu
     nearest x 2
-    nearest x 2
     conv 512-256 3x3 stride 1 pad 1 no bias       | uniform 0.029463
     batch norm 256 eps 1e-05 momentum 0.1         | 1, 0
     relu
     conv 256-256 3x3 stride 1 pad 1               | uniform 0.036084, 0
+    nearest x 2
     conv 512-256 1x1 stride 1 pad 0               | uniform 0.088388, 0
     add
     batch norm 256 eps 1e-05 momentum 0.1         | 1, 0
     relu
     nearest x 2
-    nearest x 2
     conv 256-128 3x3 stride 1 pad 1 no bias       | uniform 0.041667
     batch norm 128 eps 1e-05 momentum 0.1         | 1, 0
     relu
     conv 128-128 3x3 stride 1 pad 1               | uniform 0.051031, 0
+    nearest x 2
     conv 256-128 1x1 stride 1 pad 0               | uniform 0.125, 0
     add
     batch norm 128 eps 1e-05 momentum 0.1         | 1, 0
     relu
     nearest x 2
-    nearest x 2
     conv 128-64 3x3 stride 1 pad 1 no bias        | uniform 0.058926
     batch norm 64 eps 1e-05 momentum 0.1          | 1, 0
     relu
     conv 64-64 3x3 stride 1 pad 1                 | uniform 0.072169, 0
+    nearest x 2
     conv 128-64 1x1 stride 1 pad 0                | uniform 0.176777, 0
     add
     batch norm 64 eps 1e-05 momentum 0.1          | 1, 0
@@ -779,34 +779,34 @@ NETWORKS["smmd_gan generator, celeba"] = (  # [C:Arb]: no batch norm in its bloc
     linear 128-25600                              | normal 0.01, 0
     relu
     nearest x 2
-    nearest x 2
     conv 1024-512 3x3 stride 1 pad 1 no bias      | uniform 0.020833
     relu
     conv 512-512 3x3 stride 1 pad 1               | uniform 0.025516, 0
+    nearest x 2
     conv 1024-512 1x1 stride 1 pad 0              | uniform 0.0625, 0
     add
     relu
     nearest x 2
-    nearest x 2
     conv 512-256 3x3 stride 1 pad 1 no bias       | uniform 0.029463
     relu
     conv 256-256 3x3 stride 1 pad 1               | uniform 0.036084, 0
+    nearest x 2
     conv 512-256 1x1 stride 1 pad 0               | uniform 0.088388, 0
     add
     relu
     nearest x 2
-    nearest x 2
     conv 256-128 3x3 stride 1 pad 1 no bias       | uniform 0.041667
     relu
     conv 128-128 3x3 stride 1 pad 1               | uniform 0.051031, 0
+    nearest x 2
     conv 256-128 1x1 stride 1 pad 0               | uniform 0.125, 0
     add
     relu
     nearest x 2
-    nearest x 2
     conv 128-64 3x3 stride 1 pad 1 no bias        | uniform 0.058926
     relu
     conv 64-64 3x3 stride 1 pad 1                 | uniform 0.072169, 0
+    nearest x 2
     conv 128-64 1x1 stride 1 pad 0                | uniform 0.176777, 0
     add
     batch norm 64 eps 1e-05 momentum 0.1          | 1, 0
