@@ -3,10 +3,12 @@
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
+from common import run
 from reproduce import speed
 
 ROOT = Path(__file__).parent.parent
@@ -20,21 +22,31 @@ def missing(printed, scripts):
         "fused / bare",
         "memory",
         "DataLoader",
+        "no workers",
+        "2 workers",
+        "KID",
+        "statistics",
+        "JPEGs",
+        "the authors'",
+        "simultaneous",
         "bf16",
         *(f"{s}, digits" for s in scripts),
     )
     return [what for what in wanted if not any(what in row.split("|")[1] for row in rows)]
 
 
-def test_it_runs_and_prints_every_row(monkeypatch, capsys):
+def test_it_runs_and_prints_every_row(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(speed, "SCRIPTS", ("gmmn", "gram_net"))
-    speed.main(speed.Args(tiny=True))
-    assert missing(capsys.readouterr().out, speed.SCRIPTS) == []
+    speed.main(speed.Args(tiny=True, folder=str(tmp_path)))
+    printed = capsys.readouterr().out
+    assert missing(printed, speed.SCRIPTS) == []
+    assert all(f"{name}: 100 points" in printed for name in ("fused", "plain", "naive"))
+    assert (tmp_path / "speed_growth.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
-def test_the_command():
-    command = [sys.executable, "-m", "reproduce.speed", "--tiny"]
+def test_the_command(tmp_path):
+    command = [sys.executable, "-m", "reproduce.speed", "--tiny", "--folder", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert missing(done.stdout, speed.SCRIPTS) == []
@@ -50,8 +62,33 @@ def test_counter_counts_bytes_that_live_and_operations_that_are_no_views():
     assert (counter.operations, counter.live, counter.peak) == (4, 8000, 8000)
 
 
-def test_steps_are_timed_and_the_run_ends_after_them(tmp_path):
-    seconds = speed.step_seconds("gram_net", 2, str(tmp_path))
-    assert seconds.shape == (2,)
+def test_a_training_makes_the_steps_that_it_is_asked_for_and_ends(tmp_path):
+    steps, mix = [], run.mix
+
+    def note(*numbers):
+        if numbers[1] == run.Stream.STEP:
+            steps.append(numbers[2])
+        return mix(*numbers)
+
+    with mock.patch.object(run, "mix", note), speed.Training("gram_net", str(tmp_path)) as training:
+        assert steps == [1]  # the first is made before anything is timed
+        seconds = speed.in_turns({"step": training.step}, 2)["step"]
+    assert steps[:4] == [1, 2, 3, 4]  # one more, which in_turns drops
+    assert len(seconds) == 2
     assert (seconds > 0).all()
+    assert not training.is_alive()
     assert not list(tmp_path.glob("*/results.json"))
+
+
+def test_a_training_that_fails_says_so(tmp_path):
+    with (
+        pytest.raises(RuntimeError, match="did not train"),
+        speed.Training("gram_net", str(tmp_path), width=0),
+    ):
+        pass
+
+
+def test_naive_and_plain_are_the_same_mmd2():
+    x, y = torch.randn(2, 20, 3, dtype=torch.float64)
+    values = [f(x, y).item() for f in (speed.naive_mmd2, speed.plain_mmd2, speed.fused_mmd2)]
+    assert values == pytest.approx([values[0]] * 3, rel=1e-9)
