@@ -72,14 +72,8 @@ def layer_norm(x, groups, weight, bias, eps):
     return [(f"layer norm {len(weight)} eps {eps:g}", [weight, bias])]
 
 
-def mean_pool(x, size, *rest):
-    if rest and rest[-1] == 1:  # divided by 1
-        return [("sum over space", [])]
-    return [(f"mean pool {size}", [])] if size != 1 else []
-
-
 def interpolate(x, size=None, scale_factor=None, mode="nearest", **rest):
-    return [(f"{mode} x {scale_factor:g}", [])] if scale_factor != 1 else []
+    return [(f"{mode} x {scale_factor:g}", [])]
 
 
 DESCRIPTIONS = {
@@ -88,13 +82,12 @@ DESCRIPTIONS = {
     "conv_transpose2d": deconv,
     "batch_norm": batch_norm,
     "group_norm": layer_norm,
-    "avg_pool2d": mean_pool,
+    "avg_pool2d": lambda x, size: [(f"mean pool {size}", [])],
     "max_pool2d": lambda x, size, **rest: [(f"max pool {size}", [])],
     "interpolate": interpolate,
     "sum": lambda x, dims: [("sum over space", [])],
     "relu": lambda x, inplace: [("relu", [])],
     "leaky_relu": lambda x, negative_slope, inplace: [(f"leaky relu {negative_slope:g}", [])],
-    "dropout": lambda x, p, training, inplace: [(f"dropout {p:g}", [])],
     "pad": lambda x, sides, mode, value: [("pad " + " ".join(map(str, sides)), [])],
 }
 
