@@ -267,6 +267,20 @@ class Decoder(Generator):
     """Features (B, feature_dim) -> samples (B, *shape): the generator's topology, weights of its own."""
 
 
+def make_networks(args: Args, shape: tuple[int, ...], device: torch.device) -> tuple[Generator, Critic]:
+    """Return both players for samples of a shape, drawn from PyTorch's generator.
+
+    The decoder is a part of the critic, so that it is trained, averaged and saved with it.
+    """
+    gram = args.architecture == "gram"
+    generator = Generator(shape, args.latent_dim, args.width, gram)
+    critic = Critic(shape, args.feature_dim, args.critic_width, gram, args.weak_critic)
+    critic.decoder = nn.Identity()
+    if args.lambda_ae > 0:
+        critic.decoder = Decoder(shape, args.feature_dim, args.critic_width, gram)
+    return generator.to(device), critic.to(device)
+
+
 # --- losses ----------------------------------------------------------------------------------------
 
 
@@ -281,6 +295,15 @@ def rank_hinge(real_feat: Tensor, fake_feat: Tensor) -> Tensor:
 def reconstruction(decoder: nn.Module, x: Tensor, feat: Tensor) -> Tensor:
     """Return R(x) = mean of (x - d(f(x)))^2 over all elements; x (B, *shape), feat = f(x) (B, K)."""
     return kernels.gather(F.mse_loss(decoder(feat).float(), x.float())[None]).mean()
+
+
+def autoencoder_loss(
+    decoder: nn.Module, real: Tensor, real_feat: Tensor, fake: Tensor, fake_feat: Tensor, args: Args
+) -> Tensor | float:
+    """Return R(x) + R(y) of samples (B, *shape) and features (B, K); 0 where --lambda-ae is."""
+    if args.lambda_ae == 0:
+        return 0.0
+    return reconstruction(decoder, real, real_feat) + reconstruction(decoder, fake, fake_feat)
 
 
 def critic_loss(mmd: Tensor, hinge: Tensor, ae_loss: Tensor, lambda_rank: float, lambda_ae: float) -> Tensor:
@@ -371,17 +394,10 @@ def train(args: Args) -> dict[str, float]:
 
     # Models; the seed makes every process start from the same weights.
     torch.manual_seed(args.seed)
-    gram = args.architecture == "gram"
-    generator = Generator(data.shape, args.latent_dim, args.width, gram).to(device)
-    critic = Critic(data.shape, args.feature_dim, args.critic_width, gram, args.weak_critic).to(device)
-    decoder = nn.Identity()
-    if args.lambda_ae > 0:
-        decoder = Decoder(data.shape, args.feature_dim, args.critic_width, gram).to(device)
-    c_parameters = [*critic.parameters(), *decoder.parameters()]
+    generator, critic = make_networks(args, data.shape, device)
     g_optimizer = torch.optim.RMSprop(generator.parameters(), args.learning_rate)
-    c_optimizer = torch.optim.RMSprop(c_parameters, args.critic_learning_rate)
+    c_optimizer = torch.optim.RMSprop(critic.parameters(), args.critic_learning_rate)
     models = dict(generator=generator, critic=critic, g_optimizer=g_optimizer, c_optimizer=c_optimizer)
-    models["decoder"] = decoder
     run.prepare(models, device)  # on GPUs: channels last, batch norm over all processes
     for network in (generator, critic, decoder):
         network.to(memory_format=torch.channels_last)  # on a CPU too: a step is a sixth faster
@@ -392,7 +408,7 @@ def train(args: Args) -> dict[str, float]:
     if args.compile:
         generator.compile()
         critic.compile()
-        decoder.compile()
+        critic.decoder.compile()
     autocast = run.autocast(device, args.precision)
 
     # Run folder
@@ -446,7 +462,7 @@ def train(args: Args) -> dict[str, float]:
         torch.manual_seed(run.mix(args.seed, run.Stream.STEP, step, rank))
         # Critic: several updates, each with a batch of its own.
         for _ in range(critic_steps(step, args)):
-            clip_parameters(critic, args.clip)
+            clip_parameters(critic.layers, args.clip)  # not the decoder
             real = data.batch(drawn)
             drawn += 1
             noise = draw_noise(len(real), args, device)
@@ -454,18 +470,15 @@ def train(args: Args) -> dict[str, float]:
                 with torch.no_grad():
                     fake = generator(noise)
                 real_feat, fake_feat = critic(real), critic(fake)
-                ae_loss = 0.0
-                if args.lambda_ae > 0:
-                    ae_loss = reconstruction(decoder, real, real_feat)
-                    ae_loss = ae_loss + reconstruction(decoder, fake, fake_feat)
+                ae_loss = autoencoder_loss(critic.decoder, real, real_feat, fake, fake_feat, args)
             real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
             k_xx, k_xy, k_yy = kernels.shifted_gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
             mmd = kernels.sqrt_mmd(k_xx, k_xy, k_yy)
             hinge = rank_hinge(real_feat, fake_feat)
             c_loss = critic_loss(mmd, hinge, ae_loss, args.lambda_rank, args.lambda_ae)
             c_optimizer.zero_grad()
-            c_loss.backward(inputs=c_parameters)
-            kernels.average_gradients(critic, decoder)
+            c_loss.backward(inputs=list(critic.parameters()))
+            kernels.average_gradients(critic)
             c_optimizer.step()
         critic_mmd2 = mmd.square()
 

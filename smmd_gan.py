@@ -445,6 +445,14 @@ def condition_numbers(critic: Critic) -> dict[str, Tensor]:
     return numbers
 
 
+def make_networks(args: Args, shape: tuple[int, ...], device: torch.device) -> tuple[Generator, Critic]:
+    """Return both players for samples of a shape, drawn from PyTorch's generator."""
+    generator = Generator(shape, args.latent_dim, args.width)
+    critic = Critic(shape, args.feature_dim, args.width)
+    normalise(critic, args.critic_norm, args.sn_scale)
+    return generator.to(device), critic.to(device)
+
+
 # --- losses ----------------------------------------------------------------------------------------
 
 
@@ -689,10 +697,7 @@ def train(args: Args) -> dict[str, float]:
 
     # Models; the seed makes every process start from the same weights.
     torch.manual_seed(args.seed)
-    generator = Generator(data.shape, args.latent_dim, args.width).to(device)
-    critic = Critic(data.shape, args.feature_dim, args.width)
-    normalise(critic, args.critic_norm, args.sn_scale)
-    critic.to(device)  # with the factors that this has added
+    generator, critic = make_networks(args, data.shape, device)
     g_optimizer = torch.optim.Adam(generator.parameters(), args.learning_rate, (args.beta1, args.beta2))
     c_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, (args.beta1, args.beta2))
     models = dict(generator=generator, critic=critic, g_optimizer=g_optimizer, c_optimizer=c_optimizer)
@@ -795,8 +800,7 @@ def train(args: Args) -> dict[str, float]:
             fake = generator(noise)
             with nn.utils.parametrize.cached():
                 real_feat, fake_feat = critic(real.requires_grad_())[-1], critic(fake)[-1]
-        # The scale depends on the critic and the real images alone: a constant to the generator.
-        scale = distance_scale(real_feat.float(), real, args, create_graph=False)
+        scale = distance_scale(real_feat.float(), real, args, create_graph=False)  # no function of fake
         real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
         k_xx, k_xy, k_yy = kernels.shifted_gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
         distance = critic_distance(real_feat, fake_feat, k_xx, k_xy, k_yy, args)

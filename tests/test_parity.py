@@ -592,13 +592,16 @@ def test_mmd_gan_training(theirs, monkeypatch, tmp_path):
         n_critic=int(n_critic), warmup_critic=int(n_critic), learning_rate=rate, critic_learning_rate=rate,
         clip=clip, lambda_ae=lambda_ae, lambda_rank=lambda_rank,
     )  # fmt: skip
-    parts = {"gen": "generator", "enc": "critic", "dec": "decoder"}
+
+    def parts(models):
+        critic = models["critic"]
+        return {"gen": models["generator"], "enc": critic.layers, "dec": critic.decoder}
 
     def initialise(models):
-        parameters = [p for part in parts.values() for p in models[part].parameters()]
+        parameters = [p for part in parts(models).values() for p in part.parameters()]
         assert [p.numel() for p in parameters] == theirs.list("loop_param_sizes")
-        for short, part in parts.items():
-            set_weights(models[part], theirs.array(f"loop_{short}_0"))
+        for short, part in parts(models).items():
+            set_weights(part, theirs.array(f"loop_{short}_0"))
 
     c_losses, g_losses = [], []
     critic_loss, generator_loss = mmd_gan.critic_loss, mmd_gan.generator_loss
@@ -625,9 +628,9 @@ def test_mmd_gan_training(theirs, monkeypatch, tmp_path):
         states = [models for name, models in after_steps if name == players[player]]
         for update in updates:
             models = states[update - 1]
-            for short, part in parts.items():
-                if player == "g" or part != "generator":
-                    theirs.compare(f"loop_{short}_{player}{update}", weights(models[part]), 1e-6)
+            for short, part in parts(models).items():
+                if player == "g" or short != "gen":
+                    theirs.compare(f"loop_{short}_{player}{update}", weights(part), 1e-6)
             if player == "g":
                 norms = [m for m in models["generator"].modules() if isinstance(m, nn.BatchNorm2d)]
                 running = torch.cat([v for m in norms for v in (m.running_mean, m.running_var)])

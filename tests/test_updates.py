@@ -121,9 +121,11 @@ def smmd_gan(script, args, data):
 def mmd_gan(script, args, data):
     generator = script.Generator(data.shape, args.latent_dim, args.width)
     critic = script.Critic(data.shape, args.feature_dim, args.width, False, False)
+    encoder = [*critic.parameters()]
     decoder = script.Decoder(data.shape, args.feature_dim, args.width) if args.lambda_ae else nn.Identity()
+    critic.decoder = decoder
     g_optimizer = torch.optim.RMSprop(generator.parameters(), args.learning_rate)
-    both = [*critic.parameters(), *decoder.parameters()]
+    both = [*encoder, *decoder.parameters()]
     c_optimizer = torch.optim.RMSprop(both, args.critic_learning_rate)
 
     def objective(x, y):
@@ -131,7 +133,7 @@ def mmd_gan(script, args, data):
 
     def update(step, batches):
         for _ in range(args.warmup_critic):
-            for p in critic.parameters():
+            for p in encoder:
                 p.data = p.data.clamp(-args.clip, args.clip)
             real = next(batches)
             fake = generator(torch.randn(len(real), args.latent_dim)).detach()
@@ -145,8 +147,7 @@ def mmd_gan(script, args, data):
         fake = generator(torch.randn(len(real), args.latent_dim))
         descend((g_optimizer, objective(critic(real), critic(fake))))
 
-    models = dict(generator=generator, critic=critic, g_optimizer=g_optimizer, c_optimizer=c_optimizer)
-    return models | {"decoder": decoder}, update
+    return dict(generator=generator, critic=critic, g_optimizer=g_optimizer, c_optimizer=c_optimizer), update
 
 
 def gamn(script, args, data):
