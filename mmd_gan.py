@@ -278,7 +278,9 @@ def make_networks(args: Args, shape: tuple[int, ...], device: torch.device) -> t
     critic.decoder = nn.Identity()
     if args.lambda_ae > 0:
         critic.decoder = Decoder(shape, args.feature_dim, args.critic_width, gram)
-    return generator.to(device), critic.to(device)
+    for network in (generator, critic):
+        network.to(device, memory_format=torch.channels_last)  # on a CPU too: a step is a sixth faster
+    return generator, critic
 
 
 # --- losses ----------------------------------------------------------------------------------------
@@ -399,8 +401,6 @@ def train(args: Args) -> dict[str, float]:
     c_optimizer = torch.optim.RMSprop(critic.parameters(), args.critic_learning_rate)
     models = dict(generator=generator, critic=critic, g_optimizer=g_optimizer, c_optimizer=c_optimizer)
     run.prepare(models, device)  # on GPUs: channels last, batch norm over all processes
-    for network in (generator, critic, decoder):
-        network.to(memory_format=torch.channels_last)  # on a CPU too: a step is a sixth faster
     models["data"] = data  # of which a checkpoint knows what it is, so that no other is gone on with
     if args.ema_decay:
         models["ema"] = copy.deepcopy(generator)
