@@ -123,7 +123,7 @@ class Args:
     positivity: Literal["sum", "clip"] = "sum"  # lambda sum r in Eq. (9), or r clipped at 0 (footnote 3)
     positivity_weight: float = 1.0  # lambda of Eq. (9); not read by clip and --as-coded notebook
     ridge: float = 1e-3  # added to the diagonal of k_yy before Eq. (8) is solved; 0 is [P]
-    as_coded: Literal["notebook", "julia"] | None = None  # the game of the authors' code: Deviations 1, 2
+    as_coded: Literal["notebook", "julia"] | None = None  # the game of the authors' code: Deviations 1 and 2
     weak_critic: bool = False  # Table 7 in the place of Table 6
     critic_width: int | None = None  # width of the critic alone; None: --width (Figures 2 and 7: 100)
     feature_dim: int | None = None  # dimension K of the projected space, the critic's output
