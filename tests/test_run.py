@@ -494,7 +494,8 @@ def test_eval_only_on_a_run_that_cannot_be_written(tmp_path, monkeypatch, capsys
     assert f"warning: {folder} cannot be written ([Errno 30] Read-only file system)" in said
     (place,) = tmp_path.glob(f"{folder.name}-*")
     assert str(place) in said.splitlines()[-1]
-    assert json.loads((place / "results.json").read_text()) == first
+    again = json.loads((place / "results.json").read_text())
+    assert again["metrics"].items() >= first["metrics"].items()  # and copies
     assert (place / "samples.npz").exists()
     assert sorted((path.name, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
     with pytest.raises(run.BadInput, match=r"cannot be written: .*Read-only"):

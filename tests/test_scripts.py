@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Malicious
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common import datasets, run
@@ -353,6 +354,60 @@ def test_eval_only(script, tmp_path, capsys):
     with np.load(folder / "samples.npz") as samples:
         assert samples["samples"].shape == (32, 8, 8, 1)
     assert (folder / "copies.png").exists()
+    assert Image.open(folder / "interpolations.png").size == (8 * 66 + 2, 8 * 66 + 2)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_interpolations_run_from_one_draw_to_another(script):
+    """From z_i to z_(8 + i) in 8 steps: for normal noise by equal angles, for uniform by equal distances."""
+    module = import_module(script)
+    args = types.SimpleNamespace(dataset="digits", latent_dim=20)
+    torch.manual_seed(0)
+    noise = module.draw_noise(16, args, torch.device("cpu")).double()
+    paths = module.interpolate(noise).view(8, 8, 20)
+    torch.testing.assert_close(paths[:, 0], noise[:8])
+    torch.testing.assert_close(paths[:, -1], noise[8:])
+    if noise.abs().max() > 1:  # normal
+        units = torch.nn.functional.normalize(noise, dim=1)
+        start, end = units[:, None].split(8)
+        weights = torch.linalg.lstsq(torch.cat([start, end], 1).mT, paths.mT).solution.mT  # (8, 8, 2)
+        lengths = noise.norm(dim=1).view(2, 8).T[:, None]
+        weights = weights / lengths  # sin((1 - t) angle) and sin(t angle) over sin(angle)
+        angle = (start * end).sum(2).acos()
+        t = torch.linspace(0, 1, 8, dtype=torch.float64)
+        torch.testing.assert_close(weights[..., 1], (t * angle).sin() / angle.sin())
+        torch.testing.assert_close(weights[..., 0], ((1 - t) * angle).sin() / angle.sin())
+    else:
+        steps = paths.diff(dim=1)
+        torch.testing.assert_close(steps, (noise[8:] - noise[:8])[:, None].expand(8, 7, 20) / 7)
+    one = module.interpolate(torch.randn(16, 1))
+    assert one.isfinite().all()
+
+
+GENERATORS = {  # what a script's Generator takes beside shape, latent_dim and width
+    "gmmn": lambda args: (False,),
+    "mmd_gan": lambda args: (args.architecture == "gram",),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_is_loaded_from_python(script, tmp_path):
+    """The README's five lines: the samples are those of --eval-only, where each image's are its own."""
+    folder = train(script, "--total-steps", "2", "--sample-bn", "running", runs=tmp_path)
+    train(script, "--resume", str(folder), "--eval-only", runs=tmp_path)
+    module = import_module(script)
+
+    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    args = module.Args(**state["args"])
+    others = GENERATORS[script](args) if script in GENERATORS else ()
+    generator = module.Generator((1, 8, 8), args.latent_dim, args.width, *others).eval()
+    generator.load_state_dict(state["generator"])
+    torch.manual_seed(run.mix(args.seed, run.Stream.SAMPLES, 0))
+    images = generator(module.draw_noise(256, args, "cpu"))
+
+    found = datasets.to_uint8(images, module.VALUE_RANGE).permute(0, 2, 3, 1)
+    with np.load(folder / "samples.npz") as samples:
+        assert (found[:32].int() - torch.from_numpy(samples["samples"]).int()).abs().max() <= 1
 
 
 @pytest.mark.slow
