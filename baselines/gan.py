@@ -259,6 +259,19 @@ def draw_noise(n: int, args: Args, device: torch.device) -> Tensor:
     return torch.randn(n, args.latent_dim, device=device)
 
 
+def interpolate(noise: Tensor) -> Tensor:
+    """Return 8 points from each of 8 z to another (64, latent_dim), given z (16, latent_dim) ~ N(0, I).
+
+    Along great circles: a straight line would pass nearer to 0 than any z does.
+    """
+    start, end = noise.split(8)
+    cosine = F.cosine_similarity(start, end).clamp(-0.999, 0.999)  # of latent_dim 1 it is 1 or -1
+    angle = cosine.acos()[:, None, None]
+    t = torch.linspace(0, 1, 8, dtype=noise.dtype, device=noise.device)[:, None]
+    along = ((1 - t) * angle).sin() * start[:, None] + (t * angle).sin() * end[:, None]
+    return (along / angle.sin()).flatten(0, 1)
+
+
 def draw_picture(path: Path, fake: Tensor, data: datasets.Batches) -> None:
     """Write a grid of generated images, or a scatter plot of real and generated points, as PNG."""
     if fake.ndim == 4:
@@ -318,12 +331,16 @@ def train(args: Args) -> dict[str, float]:
             writer.flush()  # the curves up to a checkpoint are not lost with what comes after it
         run.save_checkpoint(folder, args, SCRIPT, step, models, rank)
 
-    def sample(n: int, i: int) -> Tensor:
-        """Return chunk i of samples, (n, *shape), from a copy: sampling leaves no trace in training."""
-        torch.manual_seed(run.mix(args.seed, run.Stream.SAMPLES, i))
+    def generate(noise: Tensor) -> Tensor:
+        """Return samples (n, *shape), from a copy: sampling leaves no trace in training."""
         model = copy.deepcopy(models["ema"] if args.ema_decay else generator)
         with torch.no_grad():
-            return run.for_sampling(model, args.sample_bn)(draw_noise(n, args, device)).float()
+            return run.for_sampling(model, args.sample_bn)(noise).float()
+
+    def sample(n: int, i: int) -> Tensor:
+        """Return chunk i of samples, (n, *shape)."""
+        torch.manual_seed(run.mix(args.seed, run.Stream.SAMPLES, i))
+        return generate(draw_noise(n, args, device))
 
     def evaluate() -> None:
         finite.check()
@@ -341,6 +358,10 @@ def train(args: Args) -> dict[str, float]:
     if args.eval_only:
         evaluate()
         picture()
+        if rank == 0 and len(data.shape) == 3:
+            torch.manual_seed(run.mix(args.seed, run.Stream.SAMPLES, 0))
+            fake = generate(interpolate(draw_noise(16, args, device)))
+            draw_picture(folder / "interpolations.png", fake, data)
         evaluator.save(folder / "samples.npz", sample)
         run.finish(writer, folder, args, rank)
         return metrics

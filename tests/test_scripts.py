@@ -387,6 +387,7 @@ def test_interpolations_run_from_one_draw_to_another(script):
 GENERATORS = {  # what a script's Generator takes beside shape, latent_dim and width
     "gmmn": lambda args: (False,),
     "mmd_gan": lambda args: (args.architecture == "gram",),
+    "baselines.gan": lambda args: (args.architecture,),
 }
 
 
