@@ -409,18 +409,14 @@ def make_folder(args, script: str, command: str, rank: int) -> Path:
     --eval-only, return a temporary one.
     """
     dataset = os.fsencode(args.dataset)[-100:].decode(errors="ignore")  # a file's name has 255 bytes at most
-    name = f"{dataset.replace(':', '-').replace('/', '-')}__{script}__{args.seed}"
-    first = Path(args.resume or Path(args.runs_dir, f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"))
-    folder, again = first, 1
+    dataset = dataset.replace(":", "-").replace("/", "-")
+    name = f"{dataset}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(args.resume or Path(args.runs_dir, name))
     if rank > 0:
         return folder  # of which only the first process knows the true name, and writes to it
     try:
-        while args.resume is None:
-            try:
-                folder.mkdir(parents=True)
-                break
-            except FileExistsError:  # another run, started in the same second
-                folder, again = first.with_name(f"{first.name}-{again}"), again + 1
+        if args.resume is None:
+            folder = make_new(folder)
         LOCKS.append(FileLock(folder / "lock", is_singleton=True))  # this process may come again
         LOCKS[-1].acquire(timeout=0)
         (folder / "samples").mkdir(exist_ok=True)
@@ -436,6 +432,18 @@ def make_folder(args, script: str, command: str, rank: int) -> Path:
         print(f"warning: {args.resume} cannot be written ({error})")
     print(command, f"in {folder}", sep="\n", flush=True)
     return folder
+
+
+def make_new(folder: Path) -> Path:
+    """Make folder, or folder-1, folder-2, ... where other runs have begun in the same second; return it."""
+    path, again = folder, 0
+    while True:
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            again += 1
+            path = folder.with_name(f"{folder.name}-{again}")
 
 
 def write_whole(path: Path, write) -> None:

@@ -275,6 +275,18 @@ def all_stop_when_one_is_asked_to(rank, world, folder):
     assert not run.stop_asked(20)
 
 
+def all_stop_when_one_cannot_write(rank, world, folder):
+    """The first writes, and says what it could not; the others end with a status of their own."""
+    run.FAILURES[:] = [OSError(28, "No space left on device")] if rank == 0 else []
+    assert not run.stop_asked(9)
+    assert run.stop_asked(10)
+    expected = pytest.raises(run.Failed, match="No space left") if rank == 0 else pytest.raises(SystemExit)
+    with expected, mock.patch.object(run, "end"):
+        run.leave(run.Silent(), folder, 10)
+    run.SIGNALS.clear()
+    assert not run.stop_asked(20)
+
+
 def gather_is_differentiated_twice(rank, world, folder):
     """Each process has a copy of the loss, and backward sums over them: N times the gradient, each time."""
     x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
@@ -297,6 +309,7 @@ def two(rank, world, folder):
     replicas_are_compared(rank, world, folder)
     batch_norm_is_synchronised_on_gpus_but_not_in_sampling(rank, world, folder)
     all_stop_when_one_is_asked_to(rank, world, folder)
+    all_stop_when_one_cannot_write(rank, world, folder)
 
 
 def test_two_processes(tmp_path):
