@@ -8,7 +8,7 @@ from conftest import parameters
 from torch import nn
 
 import mmd_gan as script
-from common import kernels
+from common import kernels, run
 
 
 def features(seed=0, n=6, m=6, d=3):
@@ -386,6 +386,20 @@ def test_the_reports_curve_is_of_the_critics_last_batch(tmp_path, monkeypatch):
     train(tmp_path, dataset="digits", total_steps=1, lambda_ae=0.0)
     assert "losses/critic" in logged
     assert "losses/autoencoder" not in logged  # nothing was computed
+
+
+def test_convolutions_lie_channels_last(tmp_path, monkeypatch):
+    """On CPUs too, where a step is faster so; the optimiser's moments as well."""
+    models = {}
+    monkeypatch.setattr(run, "save_checkpoint", lambda *given: models.update(given[4]))
+    train(tmp_path, dataset="digits", total_steps=1, ema_decay=0.9)
+    lying = lambda t: t.is_contiguous(memory_format=torch.channels_last)  # noqa: E731
+    for name in ("generator", "critic", "decoder", "ema"):
+        weights = [p for p in models[name].parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
+        assert weights
+        assert all(map(lying, weights))
+    moments = [state["square_avg"] for state in models["c_optimizer"].state.values()]
+    assert all(lying(m) for m in moments if m.ndim == 4 and min(m.shape[1:]) > 1)
 
 
 @pytest.mark.parametrize(("dataset", "weight"), [("digits", 16.0), ("8gaussians", 0.0)])
