@@ -110,20 +110,19 @@ class Evaluator:
 
         held_out = self.load_held_out(data)
         if held_out is None:
-            which, floor = (
+            which, pair = (
                 "drawn",
                 f"{self.count} images against {n}, drawn from the reference with replacement",
             )
         else:
-            which = "held-out"
-            floor = f"{min(self.count, len(held_out))} images of the other split against the reference"
+            which, pair = "held-out", f"{min(self.count, len(held_out))} images of the other split"
+            pair += " against the reference"
         path = path and path.with_name(f"{name}-floor-{which}-{self.count}.npz")
-        distances = cached(path, lambda: self.floor(images, order, held_out))
-        self.protocol |= {"samples": self.count, "floor": floor}
+        floor = cached(path, lambda: self.floor(images, order, held_out))
+        self.protocol |= {"samples": self.count, "floor": pair}
         if self.rank == 0:
-            self.protocol |= {
-                f"floor {self.name_of(name)}": value.item() for name, value in distances.items()
-            }
+            for metric, value in floor.items():
+                self.protocol[f"floor {self.name_of(metric)}"] = value.item()
             if not self.only_fid and not self.weights:
                 self.median = median_distance(self.reference["features"][:1000])
         if args.ms_ssim:
@@ -138,30 +137,29 @@ class Evaluator:
         """
         most, generator = self.args.eval_samples, torch.Generator().manual_seed(3)
         self.trained_on = torch.randperm(len(self.data.images), generator=generator)[:most]
-        trained = self.describe(self.data.images, self.trained_on)
+        trained, whose = self.describe(self.data.images, self.trained_on), "one half of them to the other"
         if test is not None:
             chosen = torch.randperm(len(test), generator=generator)[:most]
-            real, of_what = self.describe(test, chosen), f"{len(chosen)} test images"
-        else:
-            real, of_what = None, "one random half of them is to the other"
+            tested, whose = self.describe(test, chosen), f"{len(chosen)} test images"
         self.protocol["copies"] = (
-            f"nearer to one of {len(self.trained_on)} training images than 1% of {of_what}"
+            f"nearer to one of {len(self.trained_on)} training images than 1% of {whose}"
         )
         if self.rank == 0:
-            self.trained, half = trained["features"], len(self.trained_on) // 2
-            pair = (
-                (self.trained[:half], self.trained[half:])
-                if test is None
-                else (real["features"], self.trained)
-            )
-            self.near = nearest(*pair, self.device)[0].quantile(0.01)
+            self.trained = trained["features"]
+            real, others = self.trained.chunk(2) if test is None else (tested["features"], self.trained)
+            distances, _ = nearest(real, others, self.device)
+            self.near = distances.quantile(0.01)
 
     def load_held_out(self, data: datasets.Batches) -> Tensor | None:
         """Return the images of the split that is not the reference; None: there is none, or not here."""
         other = {"train": "test", "test": "train"}.get(self.args.eval_split)
+        if other is None:
+            return None
         try:
-            return other and datasets.load_images(data.name, self.args.data_dir, data.shape[-1], other)
+            return datasets.load_images(data.name, self.args.data_dir, data.shape[-1], other)
         except BadInput:
+            if run.several() and data.name in ("mnist", "fashion-mnist", "cifar10"):
+                raise  # the other processes wait for the first to have read it
             return None
 
     def describe(self, images: Tensor, indices: Tensor) -> dict[str, Tensor] | None:
@@ -203,10 +201,8 @@ class Evaluator:
         pairs: MS-SSIM is what the extractor makes of them, too, as the last.
         """
         statistics, kept, last = Statistics(), [], (count - 1) // CHUNK
-        bar = tqdm(
-            range(0, last + 1, self.world_size), "evaluating", leave=False, disable=self.rank > 0 or None
-        )
-        for first in bar:
+        rounds = range(0, last + 1, self.world_size)
+        for first in tqdm(rounds, "evaluating", leave=False, disable=self.rank > 0 or None):
             i = min(first + self.rank, last)  # who has none left repeats the last, which is cut off below
             images = chunk(i)[: count - i * CHUNK].to(self.device)
             batches = []
@@ -233,9 +229,9 @@ class Evaluator:
         samples = sample(CHUNK, i)
         if not samples.isfinite().all():
             raise Failed("what the generator makes is not finite, and cannot be evaluated")
-        return (
-            samples if self.data.name in datasets.TOYS else datasets.to_uint8(samples, self.data.value_range)
-        )
+        if self.data.name in datasets.TOYS:
+            return samples
+        return datasets.to_uint8(samples, self.data.value_range)
 
     def all_samples(self, sample: Callable[[int, int], Tensor]) -> Tensor:
         """Return all that is evaluated, on the CPU. Chunks are whole: batch statistics want a batch."""

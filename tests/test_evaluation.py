@@ -717,7 +717,7 @@ def test_copies_are_counted_and_drawn(tmp_path, monkeypatch, split):
     assert metrics["pixel_copies"] == near.mean() < 0.36
     evaluator.save(tmp_path / "samples.npz", lambda n, i: fake[:n])
     assert np.array_equal(np.load(tmp_path / "samples.npz")["samples"], fake.permute(0, 2, 3, 1))
-    picture = torch.from_numpy(np.asarray(Image.open(tmp_path / "copies.png")))[..., 0]
+    picture = torch.tensor(np.asarray(Image.open(tmp_path / "copies.png")))[..., 0]
     tiles = picture[2:266, 2:530].reshape(4, 66, 8, 66).transpose(1, 2)[:, :, :64:8, :64:8]
     assert torch.equal(tiles[2], fake[:8, 0])  # any samples; above them those that are nearest
     assert all((trained[copied, 0] == tile).all((1, 2)).any() for tile in tiles[1])
