@@ -61,7 +61,7 @@ def test_training_split_decides_the_images_and_is_recorded(tmp_path, monkeypatch
     options = ["--dataset", "cifar10", "--train-split", "all", "--eval-split", "test", "--image-size", "8"]
     options += ["--eval-features", "pixels"]
     folder = train("gmmn", *options, "--total-steps", "1", "--eval-every", "1", runs=tmp_path)
-    assert asked == ["all", "test"]
+    assert asked[:2] == ["all", "test"]  # what else is read serves the floor of distances
     assert json.loads((folder / "args.json").read_text())["train_split"] == "all"
     assert json.loads((folder / "results.json").read_text())["protocol"]["train_split"] == "all"
     with pytest.raises(run.BadInput, match=r"--train-split train \(was all\)"):
