@@ -227,10 +227,11 @@ class Generator(nn.Module):
         first = nn.ConvTranspose2d(latent_dim, c, shape[1] // 2**n, bias=False)  # from 1x1
         layers = [nn.Unflatten(1, (latent_dim, 1, 1)), first]
         for _ in range(n - 1):
-            layers += [nn.BatchNorm2d(c), nn.ReLU(), nn.ConvTranspose2d(c, c // 2, 4, 2, 1, bias=False)]
+            deconv = nn.ConvTranspose2d(c, c // 2, 4, 2, 1, bias=False)
+            layers += [nn.BatchNorm2d(c), nn.ReLU(inplace=True), deconv]
             c = c // 2
         last = nn.ConvTranspose2d(c, shape[0], 4, 2, 1, bias=False)
-        layers += [nn.BatchNorm2d(c), nn.ReLU(), last, nn.Tanh()]
+        layers += [nn.BatchNorm2d(c), nn.ReLU(inplace=True), last, nn.Tanh()]
         self.layers = nn.Sequential(*layers).apply(initialise)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -249,13 +250,13 @@ class Critic(nn.Module):
         layers = [nn.Conv2d(shape[0], width, 4, 2, 1, bias=False)]
         if gram:
             layers.append(nn.BatchNorm2d(width))
-        layers.append(nn.LeakyReLU(0.2))
+        layers.append(nn.LeakyReLU(0.2, inplace=True))
         c_out = width
         for level in range(1, n):  # 64, 128, 256 channels for width 64 and 32x32; weak, width 32: 32, 32, 64
             c_in = c_out
             c_out = c_in if weak and level == 1 else 2 * c_in
             conv = nn.Conv2d(c_in, c_out, 4, 2, 1, bias=False)
-            layers += [conv, nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2)]
+            layers += [conv, nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2, inplace=True)]
         last = nn.Conv2d(c_out, feature_dim, shape[1] // 2**n, bias=False)  # to 1x1
         self.layers = nn.Sequential(*layers, last, nn.Flatten()).apply(initialise)
 

@@ -518,7 +518,7 @@ def plain_repulsive(shape: tuple[int, ...], width: int, batch: int) -> Callable:
 def measure_peers(rounds: int, tiny: bool, folder: str) -> None:
     """Whole steps beside their peers', on noise of the papers' sizes with the papers' networks."""
     width = 4 if tiny else 64
-    for shape, code, batch in (((1, 32, 32), 10, 64), ((3, 32, 32), 128, 64), ((3, 64, 64), 64, 16)):
+    for shape, code, batch in (((1, 32, 32), 10, 64), ((3, 32, 32), 128, 64), ((3, 64, 64), 64, 32)):
         batch = 2 if tiny else batch
         settings = dict(batch_size=batch, width=width, feature_dim=code, latent_dim=code)
         settings |= dict(n_critic=5, warmup_critic=5, clip=0.01)
