@@ -442,11 +442,10 @@ def cube_sums(x: tuple[Tensor, Tensor, Tensor], y: tuple[Tensor, Tensor, Tensor]
             diagonal = same and rows == columns
             if same and columns.start < rows.start:
                 continue  # its mirror image counts twice
-            if diagonal:
-                matrix = x[rows].numpy()
-                products = torch.from_numpy(matrix @ matrix.T)  # of which NumPy computes half
-            else:
-                products = x[rows] @ y[columns].T
+            # All by NumPy, whose rounding then cancels; of a matrix by itself it computes half.
+            left = x[rows].numpy()
+            right = left if diagonal else y[columns].numpy()
+            products = torch.from_numpy(left @ right.T)
             for part in slices(len(products), 32):  # as much as stays in a cache
                 k = products[part].double().add_(x_term[rows][part, None]).add_(y_term[columns])
                 k = (k * k).mul_(k)
