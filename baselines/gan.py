@@ -230,6 +230,13 @@ class Critic(nn.Module):
         return self.layers(x)
 
 
+def make_networks(args: Args, shape: tuple[int, ...], device: torch.device) -> tuple[Generator, Critic]:
+    """Return both players for samples of a shape, drawn from PyTorch's generator."""
+    generator = Generator(shape, args.latent_dim, args.width, args.architecture)
+    critic = Critic(shape, args.critic_width, args.architecture, args.weak_critic, args.critic_norm)
+    return generator.to(device), critic.to(device)
+
+
 # --- losses ----------------------------------------------------------------------------------------
 
 
@@ -300,9 +307,7 @@ def train(args: Args) -> dict[str, float]:
 
     # Models; the seed makes every process start from the same weights.
     torch.manual_seed(args.seed)
-    generator = Generator(data.shape, args.latent_dim, args.width, args.architecture).to(device)
-    critic = Critic(data.shape, args.critic_width, args.architecture, args.weak_critic, args.critic_norm)
-    critic = critic.to(device)
+    generator, critic = make_networks(args, data.shape, device)
     g_optimizer = torch.optim.Adam(generator.parameters(), args.learning_rate, (args.beta1, args.beta2))
     c_optimizer = torch.optim.Adam(critic.parameters(), args.critic_learning_rate, (args.beta1, args.beta2))
     models = dict(generator=generator, critic=critic, g_optimizer=g_optimizer, c_optimizer=c_optimizer)

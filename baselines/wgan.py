@@ -257,6 +257,13 @@ class Multiplier(nn.Module):
         self.value -= rho * (1 - omega)
 
 
+def make_networks(args: Args, shape: tuple[int, ...], device: torch.device) -> tuple[Generator, Critic]:
+    """Return both players for samples of a shape, drawn from PyTorch's generator."""
+    generator = Generator(shape, args.latent_dim, args.width)
+    critic = Critic(shape, args.width, args.constraint)
+    return generator.to(device), critic.to(device)
+
+
 # --- losses ----------------------------------------------------------------------------------------
 
 
@@ -350,8 +357,7 @@ def train(args: Args) -> dict[str, float]:
 
     # Models; the seed makes every process start from the same weights.
     torch.manual_seed(args.seed)
-    generator = Generator(data.shape, args.latent_dim, args.width).to(device)
-    critic = Critic(data.shape, args.width, args.constraint).to(device)
+    generator, critic = make_networks(args, data.shape, device)
     if args.constraint == "clip":
         g_optimizer = torch.optim.RMSprop(generator.parameters(), args.learning_rate)
         c_optimizer = torch.optim.RMSprop(critic.parameters(), args.critic_learning_rate)

@@ -175,6 +175,8 @@ SHIFTED = {
 
 def value_at_zero(kernel: str, bandwidths: tuple[float, ...]) -> float:
     """Return k(0) of a kernel's radial part, which shifted_gram_blocks takes off; 0 where there is none."""
+    if kernel in SHIFTED:
+        return float(len(bandwidths))  # each term is 1 there
     if kernel == "linear":
         return 0.0
     return float(RADIAL[kernel](torch.zeros((), dtype=torch.float64), bandwidths))

@@ -89,6 +89,8 @@ def networks(script, dataset):
     shape = (1, 8, 8) if dataset == "digits" else (2,)
     if script == "gmmn":
         return module, args, shape, module.Generator(shape, args.latent_dim, 16, dataset != "digits"), None
+    if script.startswith("baselines."):
+        return module, args, shape, *module.make_networks(args, shape, torch.device("cpu"))
     generator = module.Generator(shape, args.latent_dim, 16)
     method = {
         "mmd_gan": (False, False),
