@@ -398,7 +398,8 @@ def train(args: Args) -> dict[str, float]:
         noise = draw_noise(len(real), args, device)
         with autocast:
             fake_feat = critic(generator(noise))
-        g_loss = generator_loss(kernels.gather(fake_feat.float()), args.loss)
+        fake_feat = kernels.gather(fake_feat.float())
+        g_loss = generator_loss(fake_feat, args.loss)
         g_optimizer.zero_grad()
         g_loss.backward(inputs=list(generator.parameters()))
         kernels.average_gradients(generator)

@@ -465,7 +465,8 @@ def train(args: Args) -> dict[str, float]:
         noise = draw_noise(len(real), args, device)
         with autocast:
             fake_feat = critic(generator(noise))
-        g_loss = generator_loss(kernels.gather(fake_feat.float()))
+        fake_feat = kernels.gather(fake_feat.float())
+        g_loss = generator_loss(fake_feat)
         g_optimizer.zero_grad()
         g_loss.backward(inputs=list(generator.parameters()))
         kernels.average_gradients(generator)

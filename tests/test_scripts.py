@@ -605,10 +605,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path, monkeypatch, c
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *options])
     monkeypatch.setattr(warnings, "warn", lambda *args, **kwargs: None)  # of a module run and imported
     with pytest.raises(SystemExit) as exit_:
-        runpy.run_module(script, run_name="__main__")
+        runpy.run_module(script, run_name="__main__", alter_sys=True)  # a module with a file
     error = capsys.readouterr().err
-    assert exit_.value.code == 2
     assert message in error
+    assert exit_.value.code == 2
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir() if path.name != "nowhere"] == ["README.md"]
