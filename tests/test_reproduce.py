@@ -30,7 +30,12 @@ def test_every_page_is_tested():
     assert all(f"`python -m reproduce.{name}`" in MAP for name in PAGES)
 
 
-@pytest.mark.parametrize(("script", "options"), re.findall(r"`python (\w+)\.py ([^`]*)`", MAP))
+COMMANDS = re.findall(r"`python (\w+)\.py ([^`]*)`", MAP) + re.findall(
+    r"`python -m (baselines\.\w+) ([^`]*)`", MAP
+)
+
+
+@pytest.mark.parametrize(("script", "options"), COMMANDS)
 def test_command_of_the_map(script, options):
     module = import_module(script)
     module.resolve(run.parse(module.Args, shlex.split(options)))
