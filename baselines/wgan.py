@@ -94,7 +94,7 @@ class Args:
     rho: float = 1e-5  # of sobolev; this default was not verified
     n_critic: int | None = None  # critic updates per generator update (None: 5)
     latent_dim: int | None = None  # dimension of the generator's input z ~ N(0, I)
-    learning_rate: float | None = None  # of the generator (None: 1e-4, Adam; with clip 5e-5, RMSprop)
+    learning_rate: float | None = None  # of the generator (None: 1e-4; with clip 5e-5; digits, toys 5e-4)
     critic_learning_rate: float | None = None  # of the critic (None: the generator's)
     beta1: float | None = None  # Adam's first moment (None: 0.5; at 64 pixels and in folders 0)
     beta2: float = 0.9  # Adam's second moment, both players
@@ -127,7 +127,9 @@ SCRIPT = Path(__file__).stem
 def resolve(args: Args) -> Args:
     """Return args with its data set's values where None stands; BadInput if they make no run."""
     defaults = DEFAULTS["images"], DEFAULTS.get(datasets.family(args.dataset), {})
-    method = {"learning_rate": 5e-5} if args.constraint == "clip" else {}
+    method = {}
+    if args.constraint == "clip" and datasets.family(args.dataset) not in ("digits", "toys"):
+        method = {"learning_rate": 5e-5}
     args = run.resolve(args, *defaults, method, lower_bounds=LOWER_BOUNDS)
     args = run.resolve(args, {"critic_learning_rate": args.learning_rate})
     if args.dataset not in datasets.TOYS:
