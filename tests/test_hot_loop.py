@@ -197,6 +197,9 @@ NEEDED = {
     "mmd_gan_repulsive --loss hinge --critic-norm pim": lambda g, c, d: simultaneous(g, c),
     "smmd_gan --warmup-critic 2 --constraint none": lambda g, c, d: alternating(g, c, 2),
     "gram_net": lambda g, c, d: simultaneous(g, c),
+    # Their generators' losses have no real samples.
+    "baselines.gan": lambda g, c, d: alternating(g, c, 1) - c.forward,
+    "baselines.wgan --n-critic 2 --constraint clip": lambda g, c, d: alternating(g, c, 2) - c.forward,
 }
 
 
