@@ -58,3 +58,27 @@ def test_command_runs(script, options, tmp_path):
 def test_pictures_are_there():
     for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
         assert (ROOT / path).is_file()
+
+
+ROWS = re.findall(r"^\| `(\w+)\.py` \| (\d+; .*?) \| (.*?) \| (.*?) \| (.*?) \|$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_table_of_what_compares(row):
+    """Sides, splits and batch norm are those of each script's table DEFAULTS."""
+    script, *cells, batch_norm = row
+    module = import_module(script)
+    for dataset, cell in zip(("cifar10", "mnist", "celeba"), cells, strict=True):
+        found = module.DEFAULTS["images"] | module.DEFAULTS.get(dataset, {})
+        side, train, compared = cell.replace(" less 5,000", "").split("; ")
+        assert (int(side), train, compared) == (
+            found["image_size"],
+            found["train_split"],
+            found["eval_split"],
+        )
+    if script != "gmmn":
+        assert batch_norm == {"batch": "the batch's", "running": "running"}[found["sample_bn"]]
+
+
+def test_table_has_every_script():
+    assert len(ROWS) == 6
