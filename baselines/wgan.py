@@ -20,9 +20,9 @@ WGAN 0.300, 0.312, 0.305, improved WGAN 0.285, 0.294, 0.298 (GAMN paper, Table 1
 
 Deviations from the papers and from the code of Gulrajani et al. [W], which has the first two:
   1. --rho 1e-5 is from memory of the Sobolev GAN's paper and was not verified.
-  2. Norms as [W]: batch norm in the generator (on toys none); in the critic from its second convolution on
-     batch norm with clip, layer norm with a penalty from 64 pixels on, none with a penalty below. At 28
-     pixels [W]'s generator has batch norm with clip only, here it has it always.
+  2. Norms: batch norm in the generator (on toys none); in the critic from its second convolution on batch
+     norm with clip, layer norm with a penalty from 64 pixels on, none with a penalty below. That [W] has
+     batch norm with clip, and at 28 pixels in the generator with clip only, is from memory, not verified.
   3. Grey images in [-1, 1] and tanh, where [W] has [0, 1] and a sigmoid.
   4. Ours: networks of images that are not 28, 32 or 64 pixels, and how digits and toys are trained. On toys
      [W] has width 512, 100,000 steps at 1e-4 and five critic updates; lambda_gp 0.1 is its.

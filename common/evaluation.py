@@ -409,9 +409,9 @@ def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100, size: int = 1000) 
     # float32 products average out; all else is float64.
     centre = x.mean(0)
     c = centre.double()
-    x_term, y_term = (
-        torch.cat([rows.double() @ c for rows in z.split(256)]) + (d - c @ c) / 2 for z in (x, y)
-    )
+    constant = (d - c @ c) / 2
+    x_term = torch.cat([rows.double() @ c for rows in x.split(256)]) + constant
+    y_term = torch.cat([rows.double() @ c for rows in y.split(256)]) + constant
     if max(len(x), len(y)) <= subsets**0.5 * size:  # all pairs are no more than those of the subsets
         everything = torch.ones(len(x), dtype=torch.bool), torch.ones(len(y), dtype=torch.bool)
         in_x = torch.zeros(len(x), subsets, dtype=torch.float64).scatter_(0, torch.stack(of_x, 1), 1)
@@ -734,7 +734,10 @@ def side_of(what: str, source: str, args: Args) -> int | None:
     if args.image_size or not folder.is_dir():
         return args.image_size
     try:
-        sides = {side for file in datasets.find_folder(folder).files for side in Image.open(file).size}
+        sides = set()
+        for file in datasets.find_folder(folder).files:
+            with Image.open(file) as image:
+                sides.update(image.size)
     except Exception as error:  # Pillow raises what it likes
         raise BadInput(f"{what} {source} is no folder of images to be used: {error}") from error
     found = f"sides of {min(sides)} to {max(sides)} pixels"

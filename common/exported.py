@@ -78,7 +78,7 @@ class Network:
                 else:
                     positional.append(value)
             result = run(*positional, **named)
-            outputs = [name for output in node["outputs"] for name in names(output)]
+            outputs = names(node["outputs"])
             values |= zip(outputs, [result] if len(outputs) == 1 else result)
             for name in names(node["inputs"]):
                 if self.last_use[name] == i and name != self.output["name"]:
@@ -110,7 +110,8 @@ def array(data: bytes, entry: dict) -> Tensor:
     """Return the tensor that data and its entry in the file describe."""
     meta = entry["tensor_meta"]
     flat = torch.frombuffer(bytearray(data), dtype=DTYPES[meta["dtype"]])
-    sizes, strides = ([size["as_int"] for size in meta[key]] for key in ("sizes", "strides"))
+    sizes = [size["as_int"] for size in meta["sizes"]]
+    strides = [stride["as_int"] for stride in meta["strides"]]
     return flat.as_strided(sizes, strides, meta["storage_offset"]["as_int"])
 
 
@@ -129,7 +130,10 @@ def function(target: str) -> Callable:
 def names(arguments: object) -> list[str]:
     """Return the names of values in a part of the file."""
     if isinstance(arguments, list):
-        return [name for argument in arguments for name in names(argument)]
+        found = []
+        for argument in arguments:
+            found += names(argument)
+        return found
     if not isinstance(arguments, dict):
         return []
     if "arg" in arguments:
