@@ -10,6 +10,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import textwrap
 import zipfile
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +20,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import Malicious, randn
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -727,27 +729,51 @@ def test_copies_are_counted_and_drawn(tmp_path, monkeypatch, split):
         assert (neighbour.double() - sample).square().sum() == distances.min()
 
 
+def write_files(folder):
+    """The README's lines, which write the samples.npz of a folder as PNG files."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    lines = re.search(r'\n    os\.makedirs\("out/0"\)\n(?:    .*\n)+', readme).group()
+    lines = (
+        textwrap.dedent(lines)
+        .replace('"out', f'"{folder}/out')
+        .replace('"samples.npz', f'"{folder}/samples.npz')
+    )
+    exec(lines, {"os": os, "np": np, "Image": Image})
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_samples_become_files(tmp_path, channels):
+    """As torchvision's ImageFolder reads them: all in one class, ordered by their names."""
+    images = np.random.default_rng(0).integers(0, 256, (12, 8, 6, channels), dtype=np.uint8)
+    np.savez(tmp_path / "samples.npz", samples=images)
+    write_files(tmp_path)
+    found = torchvision.datasets.ImageFolder(tmp_path / "out")
+    order = sorted(range(12), key=str)
+    assert found.targets == [0] * 12
+    for (image, _), expected in zip(found, images[order], strict=True):
+        np.testing.assert_array_equal(image, np.broadcast_to(expected, (8, 6, 3)))
+
+
 @pytest.mark.slow
 def test_samples_are_read_by_torch_fidelity(random_inception, tmp_path):
-    """Written as PNG files, which clean-fid and StudioGAN read, too; the distance is ours."""
+    """As files; the distance is ours."""
     import torch_fidelity
 
     evaluator, data = digits(
         eval_features="inception", inception_weights=str(random_inception), eval_samples=40, data_dir=tmp_path
     )
-    sample = sampler_of(data.images.expand(-1, 3, -1, -1).flip(3))
+    sample = sampler_of(data.images.flip(3))
     (frechet, *_) = evaluator.metrics(sample).values()
-    evaluator.save(tmp_path / "samples.npz", sample)
     order = torch.randperm(600, generator=torch.Generator().manual_seed(0))[:40]
-    np.savez(tmp_path / "real.npz", samples=data.images[order].expand(-1, 3, -1, -1).permute(0, 2, 3, 1))
-    for name in ("real", "samples"):
+    for name in ("real", "fake"):
         (tmp_path / name).mkdir()
-        for i, image in enumerate(np.load(tmp_path / f"{name}.npz")["samples"]):
-            Image.fromarray(image.squeeze()).save(tmp_path / name / f"{i}.png")
+    np.savez(tmp_path / "real" / "samples.npz", samples=data.images[order].permute(0, 2, 3, 1))
+    evaluator.save(tmp_path / "fake" / "samples.npz", sample)
+    for name in ("real", "fake"):
+        write_files(tmp_path / name)
     options = dict(fid=True, feature_extractor_weights_path=str(random_inception), cuda=False, cache=False)
-    found = torch_fidelity.calculate_metrics(
-        input1=str(tmp_path / "samples"), input2=str(tmp_path / "real"), **options
-    )
+    folders = {"input1": str(tmp_path / "fake/out/0"), "input2": str(tmp_path / "real/out/0")}
+    found = torch_fidelity.calculate_metrics(**folders, **options)
     assert found["frechet_inception_distance"] == pytest.approx(frechet, rel=1e-4)
 
 

@@ -385,30 +385,47 @@ def test_interpolations_run_from_one_draw_to_another(script):
 
 
 GENERATORS = {  # what a script's Generator takes beside shape, latent_dim and width
-    "gmmn": lambda args: (False,),
-    "mmd_gan": lambda args: (args.architecture == "gram",),
-    "baselines.gan": lambda args: (args.architecture,),
+    "gmmn": "False",
+    "mmd_gan": 'args.architecture == "gram"',
+    "baselines.gan": "args.architecture",
 }
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_is_loaded_from_python(script, tmp_path):
-    """The README's five lines: the samples are those of --eval-only, where each image's are its own."""
+def test_a_run_of_a_gpu_is_loaded_from_python_and_evaluated(script, tmp_path, monkeypatch):
+    """The README's lines: the samples are those of --eval-only, where each image's are its own.
+
+    In the checkpoint, tensors are marked as those of a GPU that no machine has."""
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:99")
     folder = train(script, "--total-steps", "2", "--sample-bn", "running", runs=tmp_path)
     train(script, "--resume", str(folder), "--eval-only", runs=tmp_path)
-    module = import_module(script)
+    with pytest.raises(RuntimeError, match="CUDA device"):
+        torch.load(folder / "checkpoint.pt", weights_only=True)
 
-    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-    args = module.Args(**state["args"])
-    others = GENERATORS[script](args) if script in GENERATORS else ()
-    generator = module.Generator((1, 8, 8), args.latent_dim, args.width, *others).eval()
-    generator.load_state_dict(state["generator"])
-    torch.manual_seed(run.mix(args.seed, run.Stream.SAMPLES, 0))
-    images = generator(module.draw_noise(256, args, "cpu"))
+    lines = re.search(r"## From Python\n\n((?:    .*\n)+)", README).group(1)
+    lines = re.sub("^    ", "", lines, flags=re.MULTILINE)
+    lines = lines.replace("mmd_gan_repulsive as", f"{script} as").replace("runs/RUN", str(folder))
+    if script in GENERATORS:
+        lines = lines.replace("args.width)", f"args.width, {GENERATORS[script]})")
+    first, *others, last = lines.splitlines()
+    assert (first.split()[0], last) == ("import", 'images = generator(script.draw_noise(64, args, "cpu"))')
+    found = {}
+    exec("\n".join([first, *others]), found)
+    torch.manual_seed(run.mix(1, run.Stream.SAMPLES, 0))
+    exec(last.replace("64", "256"), found)  # as many as an evaluation draws at a time
 
-    found = datasets.to_uint8(images, module.VALUE_RANGE).permute(0, 2, 3, 1)
+    images = datasets.to_uint8(found["images"], found["script"].VALUE_RANGE).permute(0, 2, 3, 1)
     with np.load(folder / "samples.npz") as samples:
-        assert (found[:32].int() - torch.from_numpy(samples["samples"]).int()).abs().max() <= 1
+        assert (images[:32].int() - torch.from_numpy(samples["samples"]).int()).abs().max() <= 1
+
+
+def test_a_run_of_a_gpu_is_gone_on_with(tmp_path, monkeypatch):
+    whole = train("smmd_gan", "--total-steps", "3", "--eval-every", "0", runs=tmp_path / "a")
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:99")
+    part = train("smmd_gan", "--total-steps", "2", "--eval-every", "0", runs=tmp_path / "b")
+    monkeypatch.undo()
+    train("smmd_gan", "--resume", str(part), "--total-steps", "3", runs=tmp_path / "b")
+    assert same(checkpoint(whole), checkpoint(part))
 
 
 @pytest.mark.slow
