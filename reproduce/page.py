@@ -34,8 +34,10 @@ def print_table(rows: list[Row]) -> None:
     width = max(len(row.what) for row in rows)
     print(f"{'':{width}}  {'wanted':>10}  {'ours':>10}  source of wanted")
     for row in rows:
-        wanted = "-" if math.isnan(row.wanted) else f"{row.wanted:.5g}"
-        print(f"{row.what:{width}}  {wanted:>10}  {row.ours:10.5g}  {row.source}")
+        wanted, source = f"{row.wanted:.5g}", row.source
+        if math.isnan(row.wanted):
+            wanted, source = "-", ""
+        print(f"{row.what:{width}}  {wanted:>10}  {row.ours:10.5g}  {source}")
 
 
 def save(figure, caption: str, name: str, args: Args) -> Path:
