@@ -410,12 +410,12 @@ class Args(training.Args):
 
 def main(args: Args) -> dict:
     """Train what is missing, write tables and pictures; return the results."""
-    methods, seeds = list(METHODS), SEEDS
+    methods, seeds, only = list(METHODS), SEEDS, args.only
     if args.quick:
-        methods, seeds = ["GMMN"], (1,)
+        methods, seeds, only = ["GMMN"], (1,), ("8gaussians",)
     path = Path(args.folder, f"{NAME}.json")
     results = training.read_results(path)
-    for data_set in args.only:
+    for data_set in only:
         run.require(data_set in CONTROLLED, "--only", data_set, f"one or more of {', '.join(CONTROLLED)}")
         run_all(data_set, methods, seeds, args, results, path)
         draw(data_set, methods, args)
