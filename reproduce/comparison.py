@@ -290,31 +290,29 @@ def train(method: Method, settings, steps: int, folder: Path) -> dict:
     return {"steps": steps, "diverged": False, "metrics": results["metrics"], "protocol": results["protocol"]}
 
 
-def run_all(
-    data_set: str, methods: list[str], seeds: tuple[int, ...], args: training.Args, results: dict, path: Path
-):
-    """Train what results does not have of a data set yet, and write each run to path when it ends."""
+def run_all(data_set: str, methods: list[str], seed: int, args: training.Args, results: dict) -> None:
+    """Train what results does not have of a data set and a seed yet; each run is written when it ends."""
+    path = Path(args.folder, f"{NAME}.json")
     updates, rounds = (2, 1) if args.quick else (25, 3)
     found = results.setdefault(data_set, {"seconds": {}, "runs": {}})
     if not found["seconds"]:
         found["seconds"] = measure(data_set, methods, args, updates + 5, rounds)
         training.write_results(path, results)
-    for seed in seeds:
-        for name in methods:
-            key, method = f"{name}, seed {seed}", METHODS[name]
-            if key in found["runs"]:
-                continue
-            settings = arguments(method, data_set, seed, args.data_dir)
-            steps = {"updates": UPDATES[data_set]}
-            steps["time"] = updates_within(SECONDS[data_set], found["seconds"][name], method, settings)
-            if args.quick:
-                steps = {"updates": 2, "time": 3}
-            folder = Path(args.runs_dir, NAME, data_set, f"{name}-{seed}")
-            made = {}
-            for table in sorted(steps, key=steps.get):  # the longer one goes on from the shorter one
-                made[table] = train(method, settings, steps[table], folder)
-            found["runs"][key] = made
-            training.write_results(path, results)
+    for name in methods:
+        key, method = f"{name}, seed {seed}", METHODS[name]
+        if key in found["runs"]:
+            continue
+        settings = arguments(method, data_set, seed, args.data_dir)
+        steps = {"updates": UPDATES[data_set]}
+        steps["time"] = updates_within(SECONDS[data_set], found["seconds"][name], method, settings)
+        if args.quick:
+            steps = {"updates": 2, "time": 3}
+        folder = Path(args.runs_dir, NAME, data_set, f"{name}-{seed}")
+        made = {}
+        for table in sorted(steps, key=steps.get):  # the longer one goes on from the shorter one
+            made[table] = train(method, settings, steps[table], folder)
+        found["runs"][key] = made
+        training.write_results(path, results)
 
 
 # --- what is shown ---------------------------------------------------------------------------------
@@ -413,12 +411,13 @@ def main(args: Args) -> dict:
     methods, seeds, only = list(METHODS), SEEDS, args.only
     if args.quick:
         methods, seeds, only = ["GMMN"], (1,), ("8gaussians",)
-    path = Path(args.folder, f"{NAME}.json")
-    results = training.read_results(path)
     for data_set in only:
         run.require(data_set in CONTROLLED, "--only", data_set, f"one or more of {', '.join(CONTROLLED)}")
-        run_all(data_set, methods, seeds, args, results, path)
-        draw(data_set, methods, args)
+    results = training.read_results(Path(args.folder, f"{NAME}.json"))
+    for seed in seeds:
+        for data_set in only:
+            run_all(data_set, methods, seed, args, results)
+            draw(data_set, methods, args)
     lines = []
     for data_set, found in results.items():
         for which, title in TITLES.items():
