@@ -244,23 +244,6 @@ def arguments(method: Method, data_set: str, seed: int, data_dir: str):
     return method.script.Args(**given, **every, eval_features="pixels")
 
 
-def work(method: Method, args, step: int) -> int:
-    """Return what an update costs beside others of its method: updates of the critic and the generator."""
-    if not hasattr(method.script, "critic_steps"):
-        return 1
-    return method.script.critic_steps(step, args) + 1
-
-
-def updates_within(seconds: float, second: float, method: Method, args) -> int:
-    """Return how many updates are made within seconds of CPU time; second: those of a unit of work."""
-    args = method.script.resolve(args)
-    step, spent = 0, 0.0
-    while spent < seconds:
-        step += 1
-        spent += second * work(method, args, step)
-    return step
-
-
 def measure(
     data_set: str, methods: list[str], args: training.Args, updates: int, rounds: int
 ) -> dict[str, float]:
@@ -272,9 +255,7 @@ def measure(
             settings = arguments(method, data_set, 1, args.data_dir)
             with one_for_all(method):
                 times = training.update_times(method.script, settings, updates)
-            resolved = method.script.resolve(settings)
-            units = [work(method, resolved, step) for step in range(1, updates + 1)]
-            found[name].append(sum(times[5:]) / sum(units[5:]))  # the first ones warm up
+            found[name].append(training.seconds_of_work(method.script, settings, times))
     return {name: statistics.median(values) for name, values in found.items()}
 
 
@@ -304,7 +285,8 @@ def run_all(data_set: str, methods: list[str], seed: int, args: training.Args, r
             continue
         settings = arguments(method, data_set, seed, args.data_dir)
         steps = {"updates": UPDATES[data_set]}
-        steps["time"] = updates_within(SECONDS[data_set], found["seconds"][name], method, settings)
+        second = found["seconds"][name]
+        steps["time"] = training.updates_within(SECONDS[data_set], second, method.script, settings)
         if args.quick:
             steps = {"updates": 2, "time": 3}
         folder = Path(args.runs_dir, NAME, data_set, f"{name}-{seed}")

@@ -77,6 +77,30 @@ def update_times(script: ModuleType, args, updates: int) -> list[float]:
     return times[:updates]  # the last one draws and saves
 
 
+def work(script: ModuleType, args, step: int) -> int:
+    """Return what an update costs beside others of its script: updates of the critic and the generator."""
+    if not hasattr(script, "critic_steps"):
+        return 1
+    return script.critic_steps(step, args) + 1
+
+
+def seconds_of_work(script: ModuleType, args, times: list[float]) -> float:
+    """Return the CPU seconds of a unit of work, given those of the first updates, of which 5 warm up."""
+    args = script.resolve(args)
+    units = [work(script, args, step) for step in range(1, len(times) + 1)]
+    return sum(times[5:]) / sum(units[5:])
+
+
+def updates_within(seconds: float, second: float, script: ModuleType, args) -> int:
+    """Return how many updates are made within seconds of CPU time; second: those of a unit of work."""
+    args = script.resolve(args)
+    step, spent = 0, 0.0
+    while spent < seconds:
+        step += 1
+        spent += second * work(script, args, step)
+    return step
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Print nothing to standard output in this block."""

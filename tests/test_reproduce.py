@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import gmmn
+import smmd_gan
 from common import run
 from reproduce import comparison, training
 from reproduce.page import Args
@@ -144,12 +145,12 @@ def test_comparison_has_one_pair_of_networks(name, tmp_path):
             assert hidden == wanted[data_set]
 
 
-def test_comparison_counts_work():
-    method = comparison.METHODS["SMMD-GAN"]  # 10 critic updates for each of the first 20, then 5
-    settings = comparison.arguments(method, "digits", 1, "data")
-    resolved = method.script.resolve(settings)
-    assert [comparison.work(method, resolved, step) for step in (1, 21)] == [11, 6]
-    assert comparison.updates_within(20 * 11 + 10 * 6, 1.0, method, settings) == 30
+def test_equal_times_count_work():
+    args = smmd_gan.Args(dataset="digits")  # 10 critic updates for each of the first 20, then 5
+    resolved = smmd_gan.resolve(args)
+    assert [training.work(smmd_gan, resolved, step) for step in (1, 21)] == [11, 6]
+    assert training.seconds_of_work(smmd_gan, args, [9.0] * 5 + [22.0, 44.0]) == 3.0
+    assert training.updates_within(20 * 11 + 10 * 6, 1.0, smmd_gan, args) == 30
 
 
 def test_comparison_table():
