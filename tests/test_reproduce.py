@@ -39,6 +39,8 @@ TRAINED = [  # those that train
     "gram_rings",
     "gram_stability",
     "repulsive_cifar10",
+    "repulsive_digits",
+    "smmd_condition",
 ]
 
 
