@@ -40,6 +40,7 @@ TRAINED = [  # those that train
     "gram_stability",
     "repulsive_cifar10",
     "repulsive_digits",
+    "repulsive_tsne",
     "smmd_condition",
 ]
 
