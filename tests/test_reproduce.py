@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shlex
+import statistics
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -16,9 +17,10 @@ import torch
 from PIL import Image
 
 import gmmn
+import mmd_gan
 import smmd_gan
 from common import run
-from reproduce import comparison, training
+from reproduce import bandwidth_report, comparison, mmd_estimators, training
 from reproduce.page import Args
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +34,7 @@ PAGES = {  # and how far a quick one may be from what is exact, relatively
     "smmd_dirac": 0.005,
 }
 TRAINED = [  # those that train
+    "bandwidth_report",
     "comparison",
     "comparison_images",
     "gamn_toys",
@@ -118,6 +121,29 @@ def test_training_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     for name, weights in theirs["generator"].items():
         assert torch.equal(ours["generator"][name], weights)
     assert training.curve(resumed, "losses/generator").keys() == {3, 4}  # 1 and 2 went to the killed writer
+
+
+def test_mmd2_of_every_batch(tmp_path):
+    every = dict(eval_every=0, log_every=1, sample_every=0, save_every=0)
+    settings = mmd_gan.Args(width=4, total_steps=3, n_critic=3, warmup_critic=3, device="cpu", **every)
+    with bandwidth_report.every_batch():
+        made = training.train_to(mmd_gan, settings, tmp_path)
+    exact = training.curve(made, "batches/last")
+    assert exact.keys() == {1, 2, 3}
+    assert exact == pytest.approx(training.curve(made, "losses/critic_mmd2"), rel=1e-4)
+    largest, mean = (training.curve(made, f"batches/{what}") for what in ("largest", "mean"))
+    assert all(largest[step] > mean[step] > 0 for step in exact)
+    assert mean != exact  # there are three batches in each update
+
+
+def test_rounding_of_the_authors_code():
+    errors = []
+    for seed in range(50):
+        features = [x.float() for x in mmd_estimators.features(seed, 0.01, 0.0025)]
+        exact = bandwidth_report.exact_mmd2(*features, "rbf", mmd_estimators.REPORT)
+        rounded = bandwidth_report.rounded_mmd2(*features, "rbf", mmd_estimators.REPORT)
+        errors.append(rounded - exact)
+    assert 2e-7 < statistics.fmean(abs(error) for error in errors) < 5e-6  # of sums of 5 in float32
 
 
 @pytest.mark.parametrize("name", comparison.METHODS)
