@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 import tyro
 from filelock import FileLock
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -128,16 +127,22 @@ class Evaluator:
         if args.ms_ssim:
             self.protocol["ms_ssim"] = "pairs of samples, 256 x 256, 5 scales"
         if self.looks_for_copies:
-            self.prepare_copies(held_out if (data.split, args.eval_split) == ("train", "train") else None)
+            self.prepare_copies(
+                order, held_out if (data.split, args.eval_split) == ("train", "train") else None
+            )
 
-    def prepare_copies(self, test: Tensor | None) -> None:
+    def prepare_copies(self, order: Tensor, test: Tensor | None) -> None:
         """Keep the features of training images, and how near to one of them 1 in 100 real test images is.
 
+        order: which images the reference has, if they are training images.
         test: images that were not trained on; if there are none, half of the others stands for them.
         """
         most, generator = self.args.eval_samples, torch.Generator().manual_seed(3)
-        self.trained_on = torch.randperm(len(self.data.images), generator=generator)[:most]
-        trained, whose = self.describe(self.data.images, self.trained_on), "one half of them to the other"
+        self.trained_on, trained = order, self.reference
+        if self.data.split != self.args.eval_split:
+            self.trained_on = torch.randperm(len(self.data.images), generator=generator)[:most]
+            trained = self.describe(self.data.images, self.trained_on)
+        whose = "one half of them to the other"
         if test is not None:
             chosen = torch.randperm(len(test), generator=generator)[:most]
             tested, whose = self.describe(test, chosen), f"{len(chosen)} test images"
@@ -211,18 +216,21 @@ class Evaluator:
                 if pairs:
                     outputs.append(ms_ssim(batch))
                 batches.append(outputs)
-            gathered = []
+            gathered, start = [], first * CHUNK
             for parts in zip(*batches):
                 output = torch.cat(parts)
                 padded = F.pad(output, (0, 0, 0, CHUNK - len(output)))  # all processes give equally many rows
-                gathered.append(kernels.gather(padded).cpu()[: count - first * CHUNK])
+                gathered.append(kernels.gather(padded).cpu()[: count - start])
             if self.rank == 0:
                 for features in gathered[0].split(CHUNK):  # as one process would have them
                     statistics.add(features)
                 if self.only_fid:
                     gathered = gathered[-1:] if pairs else []
-                kept.append(gathered)
-        return statistics, [torch.cat(parts) for parts in zip(*kept)]
+                if first == 0:
+                    kept = [output.new_empty(count, *output.shape[1:]) for output in gathered]
+                for whole, output in zip(kept, gathered):
+                    whole[start : start + len(output)] = output
+        return statistics, kept
 
     def chunk(self, sample: Callable[[int, int], Tensor], i: int) -> Tensor:
         """Return chunk i of samples, images as uint8; Failed: they are not finite."""
@@ -400,65 +408,15 @@ def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100, size: int = 1000) 
     x, y: features (n, d) and (m, d), of which each subset has min(size, n / 2, m / 2), drawn without
     replacement.
     """
-    generator, n, d = torch.Generator().manual_seed(0), min(len(x), len(y)), x.shape[1]
-    size, of_x, of_y = min(size, n // 2), [], []
+    generator, n, values = torch.Generator().manual_seed(0), min(len(x), len(y)), []
+    size = min(size, n // 2)
     for _ in range(subsets):
-        of_x.append(torch.randperm(len(x), generator=generator)[:size])
-        of_y.append(torch.randperm(len(y), generator=generator)[:size])
-    # <x, y> + d = <x - c, y - c> + x_term + y_term. The first is small, and the rounding errors of its
-    # float32 products average out; all else is float64.
-    centre = x.mean(0)
-    c = centre.double()
-    constant = (d - c @ c) / 2
-    x_term = torch.cat([rows.double() @ c for rows in x.split(256)]) + constant
-    y_term = torch.cat([rows.double() @ c for rows in y.split(256)]) + constant
-    if max(len(x), len(y)) <= subsets**0.5 * size:  # all pairs are no more than those of the subsets
-        everything = torch.ones(len(x), dtype=torch.bool), torch.ones(len(y), dtype=torch.bool)
-        in_x = torch.zeros(len(x), subsets, dtype=torch.float64).scatter_(0, torch.stack(of_x, 1), 1)
-        in_y = torch.zeros(len(y), subsets, dtype=torch.float64).scatter_(0, torch.stack(of_y, 1), 1)
-        groups = [(*everything, in_x, in_y)]
-    else:
-        whole = torch.ones(size, 1, dtype=torch.float64)
-        groups = [(i, j, whole, whole) for i, j in zip(of_x, of_y)]
-    values = []
-    for i, j, in_x, in_y in groups:
-        real, fake = (x[i] - centre, x_term[i], in_x), (y[j] - centre, y_term[j], in_y)
-        within = cube_sums(real, real) + cube_sums(fake, fake)
-        values.append(within / (size * (size - 1)) - 2 * cube_sums(real, fake) / size**2)
-    values = torch.cat(values) / d**3
+        real = x[torch.randperm(len(x), generator=generator)[:size]].double()
+        fake = y[torch.randperm(len(y), generator=generator)[:size]].double()
+        k_xx, k_xy, k_yy = cubic_kernel(real, real), cubic_kernel(real, fake), cubic_kernel(fake, fake)
+        values.append(kernels.mmd2(k_xx, k_xy, k_yy, "unbiased"))
+    values = torch.stack(values)
     return values.mean().item(), values.std().item() * (size / (n - size) + 1 / subsets) ** 0.5
-
-
-def cube_sums(x: tuple[Tensor, Tensor, Tensor], y: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Return sum_ij (<x_i, y_j> + x_term_i + y_term_j)^3, for each subset over its pairs, (subsets,) float64.
-
-    x, y: points (n, d), terms (n,), and in which subsets each point is, (n, subsets) of 0 and 1. If y is x,
-    the sums are over i != j.
-    """
-    (x, x_term, in_x), (y, y_term, in_y), same = x, y, y is x
-    sums = torch.zeros(in_x.shape[1], dtype=torch.float64)
-    for rows in slices(len(x), 1000):
-        for columns in slices(len(y), 1000):
-            diagonal = same and rows == columns
-            if same and columns.start < rows.start:
-                continue  # its mirror image counts twice
-            # All by NumPy, whose rounding then cancels; of a matrix by itself it computes half.
-            left = x[rows].numpy()
-            right = left if diagonal else y[columns].numpy()
-            products = torch.from_numpy(left @ right.T)
-            for part in slices(len(products), 32):  # as much as stays in a cache
-                k = products[part].double().add_(x_term[rows][part, None]).add_(y_term[columns])
-                k = (k * k).mul_(k)
-                if diagonal:
-                    k[:, part].fill_diagonal_(0)
-                part_sums = ((k @ in_y[columns]) * in_x[rows][part]).sum(0)
-                sums += part_sums if diagonal or not same else 2 * part_sums
-    return sums
-
-
-def slices(n: int, size: int) -> list[slice]:
-    """Return 0 to n in parts of size and a rest."""
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def ms_ssim(images: Tensor) -> Tensor:
@@ -470,22 +428,11 @@ def ms_ssim(images: Tensor) -> Tensor:
     half = len(images) // 2
     values = torch.full((len(images), 1), math.nan, dtype=torch.float32, device=images.device)
     if half > 0:
-        x, y = resize_from_corner(images[: 2 * half].float(), 256).split(half)
-        values[: 2 * half, 0] = multiscale_ssim(x, y).repeat(2)
+        # As TensorFlow 1 has it, pixel i is what is at i * side / 256, and past the end the last is repeated.
+        padded = F.pad(images[: 2 * half].float(), (0, 1, 0, 1), mode="replicate")
+        resized = F.interpolate(padded, (257, 257), mode="bilinear", align_corners=True)[:, :, :256, :256]
+        values[: 2 * half, 0] = multiscale_ssim(*resized.split(half)).repeat(2)
     return values
-
-
-def resize_from_corner(images: Tensor, size: int) -> Tensor:
-    """Resize images (n, c, h, w) bilinearly as TensorFlow 1 does: pixel i is what is at i * side / size."""
-
-    def weights(side: int) -> Tensor:
-        position = torch.arange(size, device=images.device, dtype=images.dtype) * (side / size)
-        below = position.long()
-        above = (below + 1).clamp_max(side - 1)
-        fraction = (position - below)[:, None]
-        return F.one_hot(below, side) * (1 - fraction) + F.one_hot(above, side) * fraction  # (size, side)
-
-    return weights(images.shape[2]) @ images @ weights(images.shape[3]).T
 
 
 def multiscale_ssim(x: Tensor, y: Tensor) -> Tensor:
@@ -616,35 +563,28 @@ def load_inception(path: str | None, device: torch.device) -> tuple[Callable, st
 
 
 def cached(path: Path | None, compute: Callable[[], dict[str, Tensor] | None]) -> dict[str, Tensor] | None:
-    """Return, to the first process, which knows the path, what is there, or what all processes compute."""
-    found = read_reference(path) if path else None
-    if not from_first(lambda: found is not None):
-        found = compute()
-        if path:
-            write_reference(path, found)
+    """Return, to the first process, which knows the path, what is there, or what all processes compute.
+
+    A warning says that a file is damaged, or that it cannot be written.
+    """
+    found = None
+    if path and path.exists():
+        try:
+            with np.load(path, allow_pickle=False) as arrays:  # a zip file: it has checksums
+                found = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        except Exception as error:
+            print(f"warning: {path} cannot be read ({error!r:.90}): computed again")
+    if from_first(lambda: found is not None):
+        return found
+    found = compute()
+    if path:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_name("lock")):  # another run may have come to the same
+                run.write_whole(path, lambda file: np.savez(file, **found))
+        except OSError as error:
+            print(f"warning: {path} could not be written ({error}): to be computed again next time")
     return found
-
-
-def read_reference(path: Path) -> dict[str, Tensor] | None:
-    """Return what write_reference wrote, or None: nothing is there, or, with a warning, it is damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:  # a zip file: it has checksums
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except Exception as error:
-        print(f"warning: {path} cannot be read ({error!r:.90}): computed again")
-        return None
-
-
-def write_reference(path: Path, reference: dict[str, Tensor]) -> None:
-    """Write a reference whole or not at all; where that cannot be, a warning says so."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name("lock")):  # another run may have come to the same
-            run.write_whole(path, lambda file: np.savez(file, **reference))
-    except OSError as error:
-        print(f"warning: {path} could not be written ({error}): to be computed again next time")
 
 
 # --- toys and pixels -----------------------------------------------------------------------------
@@ -710,15 +650,15 @@ Features = Annotated[str, tyro.conf.arg(aliases=["--features"])]
 
 @dataclass
 class Args:
-    """Compare images: each side a folder, a data set (cifar10, cifar10:test), or an array (N, H, W, C) or
-    (N, C, H, W) in an .npy or .npz file, uint8 or floats in [0, 1] or [-1, 1]."""
+    """Compare images: each side a folder, a data set (cifar10, cifar10:test), or an array uint8 (N, H, W, C)
+    or (N, C, H, W) in an .npy or .npz file."""
 
     real: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="REAL")]  # the reference
     fake: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FAKE")]  # what is measured
     eval_features: Features = "inception"  # or pixels, or a file with a network of your own (torch.export)
     eval_metrics: Literal["all", "fid"] = "all"  # fid: the Frechet distance alone, in bounded memory
     eval_samples: int = 50_000  # images of either side, at most
-    image_size: int | None = None  # side to which folders and data sets are resized
+    image_size: int | None = None  # side to which data sets are resized, and folders, which need it
     ms_ssim: bool = False  # of pairs of FAKE too
     json: str | None = None  # file to write metrics and protocol to
     copies: str | None = None  # PNG file to draw samples and the images of REAL nearest to them in
@@ -727,71 +667,44 @@ class Args:
     device: str = "auto"  # a torch device; auto is cuda where there is one, else cpu
 
 
-def side_of(what: str, source: str, args: Args) -> int | None:
-    """Return the side to which REAL or FAKE (what) is resized; BadInput: a folder of several needs one."""
-    folder = Path(source.removeprefix("folder:"))
-    if args.image_size or not folder.is_dir():
-        return args.image_size
-    try:
-        sides = set()
-        for file in datasets.find_folder(folder).files:
-            with Image.open(file) as image:
-                sides.update(image.size)
-    except Exception as error:  # Pillow raises what it likes
-        raise BadInput(f"{what} {source} is no folder of images to be used: {error}") from error
-    found = f"sides of {min(sides)} to {max(sides)} pixels"
-    require(len(sides) == 1, "--image-size", args.image_size, f"given: the images of {source} have {found}")
-    return sides.pop()
-
-
-def read_images(what: str, source: str, side: int | None, data_dir: str) -> tuple[Tensor, str]:
-    """Return the images of REAL or FAKE (what), uint8 (N, c, h, w), and how their values were read."""
+def read_images(what: str, source: str, side: int | None, data_dir: str) -> Tensor:
+    """Return the images of REAL or FAKE (what), uint8 (N, c, h, w)."""
     path, (name, _, split) = Path(source.removeprefix("folder:")), source.partition(":")
     try:
         if path.is_dir():
-            return datasets.load_images(f"folder:{path}", data_dir, side, "train"), "8 bits"
+            return datasets.load_images(f"folder:{path}", data_dir, side, "train")
         require(name not in datasets.TOYS, "it", "a toy", "images")
         if path.suffix not in (".npy", ".npz"):
-            return datasets.load_images(name, data_dir, side, split or "train"), "8 bits"
+            return datasets.load_images(name, data_dir, side, split or "train")
         loaded = np.load(path, allow_pickle=False)
         arrays = [loaded[name] for name in loaded.files] if path.suffix == ".npz" else [loaded]
         found = [a for a in arrays if a.ndim == 4 and a.size and {1, 3} & {a.shape[1], a.shape[3]}]
         expected = "one of (N, H, W, C) or (N, C, H, W) with C 1 or 3"
         require(len(found) == 1, "its array", [a.shape for a in arrays], expected)
-        images, values = torch.from_numpy(found[0]), "8 bits"
-        if images.dtype != torch.uint8:
-            low, high = value_range(images)
-            images, values = datasets.to_uint8(images, (low, high)), f"floats in [{low}, {high}]"
-        return images.permute(0, 3, 1, 2) if images.shape[3] in (1, 3) else images, values
+        require(found[0].dtype == np.uint8, "its type", found[0].dtype, "uint8")
+        images = torch.from_numpy(found[0])
+        return images.permute(0, 3, 1, 2) if images.shape[3] in (1, 3) else images
     except Exception as error:  # Pillow and NumPy raise what they like
         problem = str(error) or repr(error)
         raise BadInput(f"{what} {source} is no folder, array or data set to be used: {problem}") from error
 
 
-def value_range(images: Tensor) -> tuple[int, int]:
-    """Return (0, 1) or (-1, 1), in which images are but for rounding; BadInput: they are in neither."""
-    require(images.is_floating_point(), "its type", images.dtype, "uint8, or floats in [0, 1] or [-1, 1]")
-    low, high, rounding = images.min().item(), images.max().item(), 0.5 / 255
-    for bottom in (0, -1):
-        if bottom - rounding <= low <= high <= 1 + rounding:  # NaN is not
-            return bottom, 1
-    raise BadInput(f"its values are from {low:.6g} to {high:.6g}, but should be in [0, 1] or [-1, 1]")
-
-
 def main(args: Args) -> dict[str, float]:
-    """Compare, print a table, write --json; return the metrics. Failed: --json cannot be written."""
+    """Compare, print a table, write --json; return the metrics. OSError: --json cannot be written."""
     side = args.image_size
     require(side is None or 1 <= side <= 2**14, "--image-size", side, f"between 1 and {2**14}")
+    for source in (args.real, args.fake):
+        folder = os.path.isdir(source.removeprefix("folder:"))
+        require(side or not folder, "--image-size", side, f"given: {source} is a folder")
     file = args.json and Path(args.json)
     ok = not file or (os.access(file.parent, os.W_OK) and not file.is_dir())
     require(ok, "--json", args.json, "a file in a folder that can be written to")
-    sides = side_of("REAL", args.real, args), side_of("FAKE", args.fake, args)
     name, _, split = args.real.partition(":")
     name, split = (name, split or "train") if name in datasets.IMAGES else ("REAL", "REAL")
     require(not args.copies or args.eval_metrics == "all", "--copies", args.copies, "left out for FID alone")
     evaluator = Evaluator(SimpleNamespace(**vars(args), eval_split=split, dataset=name, eval_only=True))
-    real, real_values = read_images("REAL", args.real, sides[0], args.data_dir)
-    fake, fake_values = read_images("FAKE", args.fake, sides[1], args.data_dir)
+    real = read_images("REAL", args.real, side, args.data_dir)
+    fake = read_images("FAKE", args.fake, side, args.data_dir)
     channels = max(real.shape[1], fake.shape[1])
     real, fake = (images.expand(-1, channels, -1, -1) for images in (real, fake))
     sizes, expected = (f"{h} x {w}" for h, w in (fake.shape[2:], real.shape[2:]))
@@ -801,12 +714,9 @@ def main(args: Args) -> dict[str, float]:
     require(count >= 10, "the number of images of FAKE", count, "at least 10 (of a run: its samples.npz)")
     data = SimpleNamespace(name=name, images=real, shape=real.shape[1:], value_range=(0, 255), split=split)
     evaluator.set_reference(data, count)
-    order = torch.randperm(len(fake), generator=torch.Generator().manual_seed(1))[:count]
-    metrics = evaluator.metrics(lambda n, i: fake[order[i * n : (i + 1) * n]])
-    protocol = evaluator.protocol | {
-        "real": f"{args.real} ({real_values})",
-        "fake": f"{args.fake} ({fake_values})",
-    }
+    fake = fake[torch.randperm(len(fake), generator=torch.Generator().manual_seed(1))[:count]]
+    metrics = evaluator.metrics(lambda n, i: fake[i * n : (i + 1) * n])
+    protocol = evaluator.protocol | {"real": args.real, "fake": args.fake}
     if evaluator.rank == 0:
         if evaluator.weights and count < 10_000:
             print(f"warning: of {count} samples, distances of features are bias more than anything else")
@@ -816,13 +726,10 @@ def main(args: Args) -> dict[str, float]:
         for name, value in protocol.items():
             print(f"{name:20} {value}")
         if args.copies:
-            evaluator.draw_copies(Path(args.copies), fake[order])
+            evaluator.draw_copies(Path(args.copies), fake)
         if file:
             text = json.dumps({"metrics": metrics, "protocol": protocol}, indent=2, allow_nan=False)
-            try:
-                file.write_text(text + "\n")
-            except OSError as error:
-                raise Failed(f"--json {file} could not be written ({error})") from error
+            file.write_text(text + "\n")
     return metrics
 
 
