@@ -379,7 +379,7 @@ def train(args: Args) -> dict[str, float]:
     if args.compile:
         generator.compile()
         critic.compile(disable=args.regularizer == "gp")  # its gradient is differentiated again
-    autocast = run.autocast(device, args.precision)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     # Run folder
     folder = run.make_folder(args, SCRIPT, command, rank)

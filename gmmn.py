@@ -514,10 +514,10 @@ def train(args: Args) -> dict[str, float]:
     models["data"] = data  # of which a checkpoint knows what it is, so that no other is gone on with
     if args.ema_decay:
         models["ema"] = copy.deepcopy(generator)
-    step = run.load_checkpoint(args, SCRIPT, models, False, {"parzen"})  # 0 without --resume
+    step = run.load_checkpoint(args, SCRIPT, models, run.MAY_CHANGE | {"parzen"})  # 0 without --resume
     if args.compile:
         generator.compile()
-    autocast = run.autocast(device, args.precision)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     # Run folder
     folder = run.make_folder(args, SCRIPT, command, rank)

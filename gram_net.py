@@ -473,7 +473,7 @@ def train(args: Args) -> dict[str, float]:
     if args.compile:
         generator.compile()
         critic.compile()
-    autocast = run.autocast(device, args.precision)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     # Run folder
     folder = run.make_folder(args, SCRIPT, command, rank)

@@ -423,7 +423,7 @@ def train(args: Args) -> dict[str, float]:
         generator.compile()
         critic.compile()
         critic.decoder.compile()
-    autocast = run.autocast(device, args.precision)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     # Run folder
     folder = run.make_folder(args, SCRIPT, command, rank)

@@ -713,11 +713,13 @@ def train(args: Args) -> dict[str, float]:
     if args.ema_decay:
         models["ema"] = copy.deepcopy(generator)
     models["lr_schedule"] = schedule = KidSchedule(0.8, args.eval_features)  # Deviation 9
-    step = run.load_checkpoint(args, SCRIPT, models, args.lr_schedule == "kid")  # 0 without --resume
+    kid_counts = args.lr_schedule == "kid" and not args.eval_only  # what it is measured with stays, too
+    may_change = run.MAY_CHANGE - run.EVAL_ARGS if kid_counts else run.MAY_CHANGE
+    step = run.load_checkpoint(args, SCRIPT, models, may_change)  # 0 without --resume
     if args.compile:
         generator.compile()
         critic.compile(disable=args.constraint != "none")  # its gradient is differentiated again
-    autocast = run.autocast(device, args.precision)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     # Run folder
     folder = run.make_folder(args, SCRIPT, command, rank)

@@ -98,11 +98,9 @@ class Batches:
         """Return what tells these data from others, to be kept in a checkpoint."""
         return {}
 
-    def load_state_dict(self, state: dict | None) -> None:
+    def load_state_dict(self, state: dict) -> None:
         """Compare with what state_dict gave in an earlier run; BadInput if that had other data."""
-        if state is None:
-            print("warning: the checkpoint is older than the comparison of its data with those of now")
-        elif state != self.state_dict():
+        if state != self.state_dict():
             expected = f"the {state.get('count')} images of before, unchanged, there or at another place"
             raise BadInput(f"--resume: the images of {self.name} ({self.state_dict()}) should be {expected}")
 

@@ -12,7 +12,6 @@ import re
 import shlex
 import signal
 import sys
-import tempfile
 import threading
 import time
 import zipfile
@@ -132,18 +131,9 @@ def parse(args_class: type, argv: list[str] | None = None):
     What tyro cannot use it says itself, and exits with status 2.
     """
     argv = sys.argv[1:] if argv is None else argv
-    names = [field.name for field in dataclasses.fields(args_class) if field.type is bool]
-    switches = [f"--{name.replace('_', '-')}" for name in names]
-    for switch, value in zip(argv, argv[1:]):
-        ok = switch not in switches or value.startswith("-")
-        require(ok, f"what follows {switch}", value, f"left out: it is {switch} or --no-{switch[2:]}")
     args = tyro.cli(args_class, args=argv)
-    if args.resume is None:
-        return args
-    args = tyro.cli(args_class, args=argv, default=saved_arguments(args.resume, args_class))
-    # Runs of before that argument had splits that were the script's.
-    expected = "given with a run that is older than it: train or all, as its script had it then"
-    require(args.train_split, "--train-split", "left out", expected)
+    if args.resume:
+        args = tyro.cli(args_class, args=argv, default=saved_arguments(args.resume, args_class))
     return args
 
 
@@ -249,14 +239,6 @@ def start(device: str) -> tuple[torch.device, int, int]:
         problem = f"the processes do not find each other ({error})"
         raise BadInput(f"{problem}; torchrun sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT") from error
     return device, rank, world_size
-
-
-def autocast(device: torch.device, precision: str):
-    """Return the context in which networks run; a warning says where bf16 is slow."""
-    slow = precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if slow and os.environ.get("RANK", "0") == "0":
-        print("warning: --precision bf16 is slower than fp32 on this processor: it has no such instructions")
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def end() -> None:
@@ -405,8 +387,7 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
 def make_folder(args, script: str, command: str, rank: int) -> Path:
     """Make runs/{dataset}__{script}__{seed}__{time}/ with args.json; with --resume, return to that run's.
 
-    No other process may be in it. BadInput: one is, or the folder cannot be written; if that is so with
-    --eval-only, return a temporary one.
+    No other process may be in it. BadInput: one is, or the folder cannot be written.
     """
     dataset = os.fsencode(args.dataset)[-100:].decode(errors="ignore")  # a file's name has 255 bytes at most
     dataset = dataset.replace(":", "-").replace("/", "-")
@@ -425,11 +406,7 @@ def make_folder(args, script: str, command: str, rank: int) -> Path:
     except Timeout as error:
         raise BadInput(f"--resume {folder}: another process is at work on this run") from error
     except OSError as error:
-        if not args.eval_only:
-            raise BadInput(f"run folder {folder} (--runs-dir) cannot be written: {error}") from error
-        folder = Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
-        (folder / "samples").mkdir()
-        print(f"warning: {args.resume} cannot be written ({error})")
+        raise BadInput(f"run folder {folder} (--runs-dir) cannot be written: {error}") from error
     print(command, f"in {folder}", sep="\n", flush=True)
     return folder
 
@@ -483,11 +460,6 @@ def make_writer(folder: Path, args, step: int, rank: int):
 
         name, config = re.sub(r"[^\w.-]", "-", folder.name), dataclasses.asdict(args)
         wandb.init(project="mmd", name=name, id=name, config=config, resume="allow", sync_tensorboard=True)
-    # TensorBoard reads files by the second in their names: a clock that was set back would mix the curves.
-    older = sorted(folder.glob("events.out.tfevents.*"))
-    if older and older[-1].name >= f"events.out.tfevents.{int(time.time()):010}":
-        for i, file in enumerate(older):
-            file.rename(folder / re.sub(r"\.tfevents\.\d+", f".tfevents.{i:010}", file.name))
     writer = SummaryWriter(folder, purge_step=step + 1)
     writer.add_text("arguments", table(dataclasses.asdict(args)), step)
     return writer
@@ -538,13 +510,11 @@ def save_checkpoint(folder: Path, args, script: str, step: int, models: dict, ra
         raise Failed(f"{path} could not be written ({error}); {left}") from error
 
 
-def load_checkpoint(
-    args, script: str, models: dict, evaluations_count: bool = False, own: set[str] = frozenset()
-) -> int:
+def load_checkpoint(args, script: str, models: dict, may_change: set[str] = MAY_CHANGE) -> int:
     """Put the checkpoint of --resume into models and return its step; without --resume return 0.
 
-    Nothing in the file is executed. Another script's, or one of other arguments, is refused (BadInput); of
-    other evaluations, too, if evaluations_count in training. own: the script's own arguments that may change.
+    Nothing in the file is executed. Another script's, or one of other arguments but for those that may
+    change, is refused (BadInput).
     """
     if args.resume is None:
         return 0
@@ -561,10 +531,6 @@ def load_checkpoint(
     except Exception as error:
         raise BadInput(f"--resume: {path} is missing, damaged or no checkpoint ({error!r:.90})") from error
     require(saved_script == script, "--resume", args.resume, f"a run of {script}.py, not {saved_script}.py")
-    saved = {"train_split": args.train_split} | saved  # which parse has asked for where a run has none
-    may_change = MAY_CHANGE | own
-    if evaluations_count and not args.eval_only:
-        may_change = may_change - EVAL_ARGS
     changed = []
     for key, value in dataclasses.asdict(args).items():
         was = saved.get(key)
@@ -573,7 +539,6 @@ def load_checkpoint(
             changed.append(f"--{key.replace('_', '-')} {value} (was {was})")
     require(not changed, "--resume", args.resume, f"without a change of {', '.join(changed)}")
     require(args.eval_only or args.total_steps >= step, "--total-steps", args.total_steps, f"{step} or more")
-    state.setdefault("data", None)  # runs of before had none
     try:
         for name, model in models.items():
             model.load_state_dict(state[name])

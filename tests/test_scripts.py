@@ -591,8 +591,6 @@ gmmn --width 999999999999999999999                | --width is 99999999999999999
 smmd_gan --feature-dim 99999999999                | --feature-dim is 99999999999
 smmd_gan --bandwidths 1e300                       | --bandwidths is (1e+300,)
 gram_net --bandwidths 1e-200                      | --bandwidths is (1e-200,)
-gmmn --compile True                               | what follows --compile is True, but should be left out
-gmmn --track --compile 1 --seed 2                 | what follows --compile is 1
 gmmn --train-split all                            | --train-split is all, but should be train
 """.strip().splitlines()
 # What tyro refuses: it says so itself.
