@@ -17,10 +17,9 @@ import tarfile
 import threading
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
@@ -182,8 +181,6 @@ def family(name: str) -> str:
 
     BadInput: there is no such data set, or no such folder.
     """
-    readable = name.encode(errors="replace").decode() == name
-    require(readable, "--dataset", ascii(name), "a name in UTF-8: it goes into the curves")
     folder = name.startswith("folder:") and os.path.isdir(name.removeprefix("folder:"))
     names = f"one of {', '.join((*TOYS, *IMAGES))}, or folder:PATH with the PATH of a folder"
     require(folder or name in TOYS or name in IMAGES, "--dataset", name, names)
@@ -357,7 +354,7 @@ class Found:
     count: int
     items: Iterable  # the images, as yet encoded: what decode takes
     files: list  # that they come from
-    left_out: Counter = field(default_factory=Counter)  # why: how many files
+    left_out: int = 0  # files beside them
 
 
 def _convert(name: str, data_dir: Path, size: int, parts: tuple[str, ...]) -> Tensor:
@@ -380,8 +377,7 @@ def _convert(name: str, data_dir: Path, size: int, parts: tuple[str, ...]) -> Te
     cache = f"{family(name)}-{'+'.join(parts)}-{size}-{key.hexdigest()[:16]}.npy"
     path = data_dir / "cache" / cache
     shape = (found.count, 3, size, size)
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(found.left_out.items()))
-    note = f"; left out: {reasons}" if reasons else ""
+    note = f"; files left out: {found.left_out:,}" if found.left_out else ""
     write_array(path, shape, found.items, functools.partial(crop, name, size), note)
     images = np.load(path, mmap_mode="r" if math.prod(shape) > IN_MEMORY else None)
     with warnings.catch_warnings():
@@ -476,7 +472,7 @@ def join(parts: list[Found]) -> Found:
     count = sum(part.count for part in parts)
     items = chain(*(part.items for part in parts))
     files = [*chain(*(part.files for part in parts))]
-    return Found(count, items, files, sum((part.left_out for part in parts), Counter()))
+    return Found(count, items, files, sum(part.left_out for part in parts))
 
 
 def find_folder(folder: str | Path) -> Found:
@@ -485,30 +481,24 @@ def find_folder(folder: str | Path) -> Found:
     Links are followed, but no folder is entered twice. Names that begin with a dot are left out. OSError: a
     folder that cannot be read, or in which no image is found.
     """
-    files, left_out, entered = [], Counter(), set()
+    files, left_out, entered = [], 0, set()
     for place, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
-        status = os.stat(place)
-        identity = status.st_dev, status.st_ino  # which a link to the folder shares
-        if identity in entered:
+        if os.path.realpath(place) in entered:
             folders.clear()
             continue
-        entered.add(identity)
-        left_out["hidden"] += sum(name.startswith(".") for name in folders)
+        entered.add(os.path.realpath(place))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
             file = os.path.join(place, name)
-            if name.startswith("."):
-                left_out["hidden"] += 1
-            elif os.path.splitext(name)[1].lower() not in extensions():
-                left_out["of other types"] += 1
-            elif not os.path.isfile(file):  # a pipe, a link to nothing
-                left_out["that are no files"] += 1
-            else:
+            image = os.path.splitext(name)[1].lower() in extensions() and os.path.isfile(file)  # no pipe
+            if image and not name.startswith("."):
                 files.append(file)
+            else:
+                left_out += 1
     if not files:
         raise FileNotFoundError(f"no image below {folder}")
     files.sort()
-    return Found(len(files), files, files, +left_out)
+    return Found(len(files), files, files, left_out)
 
 
 def _raise(error: OSError) -> None:

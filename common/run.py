@@ -189,8 +189,6 @@ def resolve(args, *tables: dict, lower_bounds: dict[str, float] | None = None):
     for name, value in vars(args).items():
         flag, numbers = f"--{name.replace('_', '-')}", value if isinstance(value, tuple) else (value,)
         require(len(numbers) > 0, flag, value, "one number or more")
-        readable = not isinstance(value, str) or value.encode(errors="ignore").decode() == value
-        require(readable, flag, ascii(value), "a name in UTF-8, which TensorBoard needs")
         for number in numbers:
             if isinstance(number, (int, float)):
                 low, high = bounds.get(name, -1e15), UPPER_BOUNDS.get(name, 1e15)  # their squares are floats
@@ -389,8 +387,7 @@ def make_folder(args, script: str, command: str, rank: int) -> Path:
 
     No other process may be in it. BadInput: one is, or the folder cannot be written.
     """
-    dataset = os.fsencode(args.dataset)[-100:].decode(errors="ignore")  # a file's name has 255 bytes at most
-    dataset = dataset.replace(":", "-").replace("/", "-")
+    dataset = re.sub("[:/]", "-", args.dataset)[-50:]  # a file's name has 255 bytes at most
     name = f"{dataset}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(args.resume or Path(args.runs_dir, name))
     if rank > 0:
