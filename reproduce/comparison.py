@@ -371,7 +371,9 @@ def draw(data_set: str, methods: list[str], args: training.Args) -> None:
     for place in axes.flat:
         place.axis("off")
     for place, (name, picture) in zip(axes.flat, pictures.items()):
-        if data_set not in datasets.TOYS:
+        if data_set in datasets.TOYS:
+            picture = picture.crop((0, 0, picture.height, picture.height))  # without the projected space
+        else:
             picture = picture.crop((0, 0, picture.width, picture.height // 8))  # the first of 8 rows
         place.imshow(picture)
         place.set_title(name, fontsize=9)
