@@ -356,14 +356,15 @@ def table(data_set: str, which: str, found: dict) -> list[str]:
     return lines
 
 
-def draw(data_set: str, methods: list[str], args: training.Args) -> None:
+def draw(data_set: str, methods: list[str], found: dict, args: training.Args) -> None:
     """Write a picture of samples of each method after equal CPU time, seed 1, if its run folders are here."""
     pictures = {}
     for name in methods:
-        drawn = sorted(Path(args.runs_dir, NAME, data_set, f"{name}-1").glob("*/samples/*.png"))
+        step = found["runs"][f"{name}, seed 1"]["time"]["steps"]
+        drawn = list(Path(args.runs_dir, NAME, data_set, f"{name}-1").glob(f"*/samples/{step:07d}.png"))
         if not drawn:
             return
-        pictures[name] = Image.open(drawn[-1])
+        pictures[name] = Image.open(drawn[0])
     if data_set in datasets.TOYS:
         figure, axes = pyplot.subplots(2, math.ceil(len(methods) / 2), figsize=(14, 6), squeeze=False)
     else:
@@ -377,12 +378,8 @@ def draw(data_set: str, methods: list[str], args: training.Args) -> None:
             picture = picture.crop((0, 0, picture.width, picture.height // 8))  # the first of 8 rows
         place.imshow(picture)
         place.set_title(name, fontsize=9)
-    page.save(
-        figure,
-        f"{data_set}: samples after {SECONDS[data_set]} CPU seconds, seed 1.",
-        f"{NAME}_{data_set}",
-        args,
-    )
+    caption = f"{data_set}: samples after {SECONDS[data_set]} CPU seconds, seed 1."
+    page.save(figure, caption, f"{NAME}_{data_set}", args)
 
 
 @dataclass
@@ -401,7 +398,7 @@ def main(args: Args) -> dict:
     for seed in seeds:
         for data_set in only:
             run_all(data_set, methods, seed, args, results)
-            draw(data_set, methods, args)
+            draw(data_set, methods, results[data_set], args)
     lines = []
     for data_set, found in results.items():
         for which, title in TITLES.items():
