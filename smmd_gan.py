@@ -188,6 +188,7 @@ CONSTRAINTS = {  # [C] of [P], and of [B] for the penalty; Deviation 13
 VALUE_RANGE = (0.0, 1.0)
 LOWER_BOUNDS = {"lambda_scale": 0, "lambda_gp": 0, "lambda_activation": 0, "clip_norm": 0, "warmup_critic": 1}
 LOWEST_RATE = 1e-6  # that --lr-schedule kid goes down to: [C]
+KID_ARGS = {"eval_every", "eval_samples", "eval_features", "eval_split", "inception_weights"}  # it counts on
 SCRIPT = Path(__file__).stem
 
 
@@ -713,8 +714,9 @@ def train(args: Args) -> dict[str, float]:
     if args.ema_decay:
         models["ema"] = copy.deepcopy(generator)
     models["lr_schedule"] = schedule = KidSchedule(0.8, args.eval_features)  # Deviation 9
-    kid_counts = args.lr_schedule == "kid" and not args.eval_only  # what it is measured with stays, too
-    may_change = run.MAY_CHANGE - run.EVAL_ARGS if kid_counts else run.MAY_CHANGE
+    may_change = run.MAY_CHANGE
+    if args.lr_schedule == "kid" and not args.eval_only:
+        may_change = may_change - KID_ARGS
     step = run.load_checkpoint(args, SCRIPT, models, may_change)  # 0 without --resume
     if args.compile:
         generator.compile()

@@ -739,8 +739,8 @@ def main(args: Args) -> dict[str, float]:
     require(count >= 10, "the number of images of FAKE", count, "at least 10 (of a run: its samples.npz)")
     data = SimpleNamespace(name=name, images=real, shape=real.shape[1:], value_range=(0, 255), split=split)
     evaluator.set_reference(data, count)
-    fake = fake[torch.randperm(len(fake), generator=torch.Generator().manual_seed(1))[:count]]
-    metrics = evaluator.metrics(lambda n, i: fake[i * n : (i + 1) * n])
+    order = torch.randperm(len(fake), generator=torch.Generator().manual_seed(1))[:count]
+    metrics = evaluator.metrics(lambda n, i: fake[order[i * n : (i + 1) * n]])
     protocol = evaluator.protocol | {"real": args.real, "fake": args.fake}
     if evaluator.rank == 0:
         if evaluator.weights and count < 10_000:
@@ -751,7 +751,7 @@ def main(args: Args) -> dict[str, float]:
         for name, value in protocol.items():
             print(f"{name:20} {value}")
         if args.copies:
-            evaluator.draw_copies(Path(args.copies), fake)
+            evaluator.draw_copies(Path(args.copies), fake[order])
         if file:
             text = json.dumps({"metrics": metrics, "protocol": protocol}, indent=2, allow_nan=False)
             file.write_text(text + "\n")

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import inspect
 import io
 import json
@@ -28,9 +27,11 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 # What a resumed run may change; anything else would make it another run.
-EVAL_ARGS = {"eval_every", "eval_samples", "eval_features", "eval_split", "inception_weights"}
-MAY_CHANGE = EVAL_ARGS | {"total_steps", "log_every", "sample_every", "save_every", "device", "compile"}
-MAY_CHANGE |= {"eval_metrics", "ms_ssim", "eval_only", "runs_dir", "data_dir", "track", "resume"}
+MAY_CHANGE = {
+    "total_steps", "log_every", "sample_every", "save_every", "device", "compile", "runs_dir", "data_dir",
+    "eval_every", "eval_samples", "eval_features", "eval_split", "eval_metrics", "eval_only",
+    "inception_weights", "ms_ssim", "track", "resume",
+}  # fmt: skip
 # Bounds of arguments that several scripts have.
 LOWER_BOUNDS = {
     "log_every": 0, "sample_every": 0, "eval_every": 0, "save_every": 0, "seed": 0,
@@ -195,11 +196,9 @@ def resolve(args, *tables: dict, lower_bounds: dict[str, float] | None = None):
                 require(number >= low, flag, value, f"at least {low}")
                 require(number <= high, flag, value, f"at most {high}")
     if args.track:
-        missing = importlib.util.find_spec("wandb") is None
-        require(not missing, "--track", "on", "off where wandb is missing (pip install wandb)")
-        import wandb
-
         try:
+            import wandb
+
             wandb.login()
         except Exception as error:
             raise BadInput(f"--track is on, but Weights & Biases cannot be used: {error}") from error
