@@ -181,6 +181,8 @@ def family(name: str) -> str:
 
     BadInput: there is no such data set, or no such folder.
     """
+    readable = name.encode(errors="replace").decode() == name
+    require(readable, "--dataset", ascii(name), "a name in UTF-8: it goes into the curves")
     folder = name.startswith("folder:") and os.path.isdir(name.removeprefix("folder:"))
     names = f"one of {', '.join((*TOYS, *IMAGES))}, or folder:PATH with the PATH of a folder"
     require(folder or name in TOYS or name in IMAGES, "--dataset", name, names)

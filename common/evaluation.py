@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from filelock import FileLock
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -675,15 +676,15 @@ Features = Annotated[str, tyro.conf.arg(aliases=["--features"])]
 
 @dataclass
 class Args:
-    """Compare images: each side a folder, a data set (cifar10, cifar10:test), or an array uint8 (N, H, W, C)
-    or (N, C, H, W) in an .npy or .npz file."""
+    """Compare images: each side a folder, a data set (cifar10, cifar10:test), or an array (N, H, W, C) or
+    (N, C, H, W) in an .npy or .npz file, uint8 or floats in [0, 1] or [-1, 1]."""
 
     real: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="REAL")]  # the reference
     fake: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FAKE")]  # what is measured
     eval_features: Features = "inception"  # or pixels, or a file with a network of your own (torch.export)
     eval_metrics: Literal["all", "fid"] = "all"  # fid: the Frechet distance alone, in bounded memory
     eval_samples: int = 50_000  # images of either side, at most
-    image_size: int | None = None  # side to which data sets are resized, and folders, which need it
+    image_size: int | None = None  # side to which folders and data sets are resized
     ms_ssim: bool = False  # of pairs of FAKE too
     json: str | None = None  # file to write metrics and protocol to
     copies: str | None = None  # PNG file to draw samples and the images of REAL nearest to them in
@@ -692,44 +693,71 @@ class Args:
     device: str = "auto"  # a torch device; auto is cuda where there is one, else cpu
 
 
-def read_images(what: str, source: str, side: int | None, data_dir: str) -> Tensor:
-    """Return the images of REAL or FAKE (what), uint8 (N, c, h, w)."""
+def side_of(what: str, source: str, args: Args) -> int | None:
+    """Return the side to which REAL or FAKE (what) is resized; BadInput: a folder of several needs one."""
+    folder = Path(source.removeprefix("folder:"))
+    if args.image_size or not folder.is_dir():
+        return args.image_size
+    try:
+        sides = set()
+        for file in datasets.find_folder(folder).files:
+            with Image.open(file) as image:
+                sides.update(image.size)
+    except Exception as error:  # Pillow raises what it likes
+        raise BadInput(f"{what} {source} is no folder of images to be used: {error}") from error
+    found = f"sides of {min(sides)} to {max(sides)} pixels"
+    require(len(sides) == 1, "--image-size", args.image_size, f"given: the images of {source} have {found}")
+    return sides.pop()
+
+
+def read_images(what: str, source: str, side: int | None, data_dir: str) -> tuple[Tensor, str]:
+    """Return the images of REAL or FAKE (what), uint8 (N, c, h, w), and how their values were read."""
     path, (name, _, split) = Path(source.removeprefix("folder:")), source.partition(":")
     try:
         if path.is_dir():
-            return datasets.load_images(f"folder:{path}", data_dir, side, "train")
+            return datasets.load_images(f"folder:{path}", data_dir, side, "train"), "8 bits"
         require(name not in datasets.TOYS, "it", "a toy", "images")
         if path.suffix not in (".npy", ".npz"):
-            return datasets.load_images(name, data_dir, side, split or "train")
+            return datasets.load_images(name, data_dir, side, split or "train"), "8 bits"
         loaded = np.load(path, allow_pickle=False)
         arrays = [loaded[name] for name in loaded.files] if path.suffix == ".npz" else [loaded]
         found = [a for a in arrays if a.ndim == 4 and a.size and {1, 3} & {a.shape[1], a.shape[3]}]
         expected = "one of (N, H, W, C) or (N, C, H, W) with C 1 or 3"
         require(len(found) == 1, "its array", [a.shape for a in arrays], expected)
-        require(found[0].dtype == np.uint8, "its type", found[0].dtype, "uint8")
-        images = torch.from_numpy(found[0])
-        return images.permute(0, 3, 1, 2) if images.shape[3] in (1, 3) else images
+        images, values = torch.from_numpy(found[0]), "8 bits"
+        if images.dtype != torch.uint8:
+            low, high = value_range(images)
+            images, values = datasets.to_uint8(images, (low, high)), f"floats in [{low}, {high}]"
+        return images.permute(0, 3, 1, 2) if images.shape[3] in (1, 3) else images, values
     except Exception as error:  # Pillow and NumPy raise what they like
         problem = str(error) or repr(error)
         raise BadInput(f"{what} {source} is no folder, array or data set to be used: {problem}") from error
 
 
+def value_range(images: Tensor) -> tuple[int, int]:
+    """Return (0, 1) or (-1, 1), in which images are but for rounding; BadInput: they are in neither."""
+    require(images.is_floating_point(), "its type", images.dtype, "uint8, or floats in [0, 1] or [-1, 1]")
+    low, high, rounding = images.min().item(), images.max().item(), 0.5 / 255
+    for bottom in (0, -1):
+        if bottom - rounding <= low <= high <= 1 + rounding:  # NaN is not
+            return bottom, 1
+    raise BadInput(f"its values are from {low:.6g} to {high:.6g}, but should be in [0, 1] or [-1, 1]")
+
+
 def main(args: Args) -> dict[str, float]:
-    """Compare, print a table, write --json; return the metrics. OSError: --json cannot be written."""
+    """Compare, print a table, write --json; return the metrics. Failed: --json cannot be written."""
     side = args.image_size
     require(side is None or 1 <= side <= 2**14, "--image-size", side, f"between 1 and {2**14}")
-    for source in (args.real, args.fake):
-        folder = os.path.isdir(source.removeprefix("folder:"))
-        require(side or not folder, "--image-size", side, f"given: {source} is a folder")
     file = args.json and Path(args.json)
     ok = not file or (os.access(file.parent, os.W_OK) and not file.is_dir())
     require(ok, "--json", args.json, "a file in a folder that can be written to")
+    sides = side_of("REAL", args.real, args), side_of("FAKE", args.fake, args)
     name, _, split = args.real.partition(":")
     name, split = (name, split or "train") if name in datasets.IMAGES else ("REAL", "REAL")
     require(not args.copies or args.eval_metrics == "all", "--copies", args.copies, "left out for FID alone")
     evaluator = Evaluator(SimpleNamespace(**vars(args), eval_split=split, dataset=name, eval_only=True))
-    real = read_images("REAL", args.real, side, args.data_dir)
-    fake = read_images("FAKE", args.fake, side, args.data_dir)
+    real, real_values = read_images("REAL", args.real, sides[0], args.data_dir)
+    fake, fake_values = read_images("FAKE", args.fake, sides[1], args.data_dir)
     channels = max(real.shape[1], fake.shape[1])
     real, fake = (images.expand(-1, channels, -1, -1) for images in (real, fake))
     sizes, expected = (f"{h} x {w}" for h, w in (fake.shape[2:], real.shape[2:]))
@@ -741,7 +769,10 @@ def main(args: Args) -> dict[str, float]:
     evaluator.set_reference(data, count)
     order = torch.randperm(len(fake), generator=torch.Generator().manual_seed(1))[:count]
     metrics = evaluator.metrics(lambda n, i: fake[order[i * n : (i + 1) * n]])
-    protocol = evaluator.protocol | {"real": args.real, "fake": args.fake}
+    protocol = evaluator.protocol | {
+        "real": f"{args.real} ({real_values})",
+        "fake": f"{args.fake} ({fake_values})",
+    }
     if evaluator.rank == 0:
         if evaluator.weights and count < 10_000:
             print(f"warning: of {count} samples, distances of features are bias more than anything else")
@@ -754,7 +785,10 @@ def main(args: Args) -> dict[str, float]:
             evaluator.draw_copies(Path(args.copies), fake[order])
         if file:
             text = json.dumps({"metrics": metrics, "protocol": protocol}, indent=2, allow_nan=False)
-            file.write_text(text + "\n")
+            try:
+                file.write_text(text + "\n")
+            except OSError as error:
+                raise Failed(f"--json {file} could not be written ({error})") from error
     return metrics
 
 

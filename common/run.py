@@ -11,6 +11,7 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
 import zipfile
@@ -190,6 +191,8 @@ def resolve(args, *tables: dict, lower_bounds: dict[str, float] | None = None):
     for name, value in vars(args).items():
         flag, numbers = f"--{name.replace('_', '-')}", value if isinstance(value, tuple) else (value,)
         require(len(numbers) > 0, flag, value, "one number or more")
+        readable = not isinstance(value, str) or value.encode(errors="ignore").decode() == value
+        require(readable, flag, ascii(value), "a name in UTF-8, which TensorBoard needs")
         for number in numbers:
             if isinstance(number, (int, float)):
                 low, high = bounds.get(name, -1e15), UPPER_BOUNDS.get(name, 1e15)  # their squares are floats
@@ -384,7 +387,8 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
 def make_folder(args, script: str, command: str, rank: int) -> Path:
     """Make runs/{dataset}__{script}__{seed}__{time}/ with args.json; with --resume, return to that run's.
 
-    No other process may be in it. BadInput: one is, or the folder cannot be written.
+    No other process may be in it. BadInput: one is, or the folder cannot be written; if that is so with
+    --eval-only, return a temporary one.
     """
     dataset = re.sub("[:/]", "-", args.dataset)[-50:]  # a file's name has 255 bytes at most
     name = f"{dataset}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -402,7 +406,11 @@ def make_folder(args, script: str, command: str, rank: int) -> Path:
     except Timeout as error:
         raise BadInput(f"--resume {folder}: another process is at work on this run") from error
     except OSError as error:
-        raise BadInput(f"run folder {folder} (--runs-dir) cannot be written: {error}") from error
+        if not args.eval_only:
+            raise BadInput(f"run folder {folder} (--runs-dir) cannot be written: {error}") from error
+        folder = Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
+        (folder / "samples").mkdir()
+        print(f"warning: {args.resume} cannot be written ({error})")
     print(command, f"in {folder}", sep="\n", flush=True)
     return folder
 
@@ -456,6 +464,11 @@ def make_writer(folder: Path, args, step: int, rank: int):
 
         name, config = re.sub(r"[^\w.-]", "-", folder.name), dataclasses.asdict(args)
         wandb.init(project="mmd", name=name, id=name, config=config, resume="allow", sync_tensorboard=True)
+    # TensorBoard reads files by the second in their names: a clock that was set back would mix the curves.
+    older = sorted(folder.glob("events.out.tfevents.*"))
+    if older and older[-1].name >= f"events.out.tfevents.{int(time.time()):010}":
+        for i, file in enumerate(older):
+            file.rename(folder / re.sub(r"\.tfevents\.\d+", f".tfevents.{i:010}", file.name))
     writer = SummaryWriter(folder, purge_step=step + 1)
     writer.add_text("arguments", table(dataclasses.asdict(args)), step)
     return writer

@@ -420,7 +420,7 @@ def test_folder_scales_the_shorter_side_and_crops_the_centre(tmp_path, width, he
 def read(folder, size):
     """The images of a folder, as a run takes them; python -m common.evaluation takes the same."""
     images = datasets.load_images(f"folder:{folder}", "data", size, "train")
-    np.testing.assert_array_equal(evaluation.read_images("REAL", str(folder), size, "elsewhere"), images)
+    np.testing.assert_array_equal(evaluation.read_images("REAL", str(folder), size, "elsewhere")[0], images)
     return images.numpy()
 
 
@@ -523,6 +523,13 @@ def test_what_a_folder_holds_besides_images_is_left_out_and_counted(tmp_path, ca
         f"{cache_file()} is made once, of 6 images; files left out: 6"
     ]
     np.testing.assert_array_equal(read(root, 4), images)
+
+
+def test_a_data_set_that_is_not_named_in_utf_8_is_refused(tmp_path):
+    save(tmp_path / os.fsdecode(b"\xff") / "x.png", GREY)
+    assert "a name in UTF-8" in refusal(
+        f"folder:{os.fsdecode(b'%b/%b' % (os.fsencode(tmp_path), bytes([255])))}"
+    )
 
 
 def test_folder_takes_every_extension_of_what_pillow_reads_back(tmp_path):

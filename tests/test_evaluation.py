@@ -838,6 +838,8 @@ def sides(tmp_path):
             labels=np.arange(3),
             images=part.permute(0, 2, 3, 1).expand(-1, -1, -1, 3),
         )
+        np.savez(tmp_path / f"{name}-symmetric.npz", samples=in_range(part).numpy())
+        np.save(tmp_path / f"{name}-unit.npy", part.numpy() / np.float32(255))
     return tmp_path
 
 
@@ -845,19 +847,20 @@ def sides(tmp_path):
 def test_folders_arrays_and_data_sets_are_compared_alike(sides, capsys):
     """The same images in any form give the same numbers, which are those of the functions."""
     results, file = [], sides / "results.json"
-    options = ["--features", "pixels", "--image-size", "8", "--json", file, "--data-dir", sides / "data"]
-    for end in ("", ".npz", ".npy"):
-        assert compare(sides / f"a{end}", sides / f"b{end}", *options) is None
+    for end in ("", ".npz", ".npy", "-symmetric.npz", "-unit.npy"):
+        pair = sides / f"a{end}", sides / f"b{end}"
+        assert compare(*pair, "--features", "pixels", "--json", file, "--data-dir", sides / "data") is None
         results.append(json.loads(file.read_text()))
         assert f"{results[-1]['metrics']['pixel_frechet']:.6g}" in capsys.readouterr().out
     real, fake = (torch.from_numpy(np.load(sides / f"{n}.npy")).flatten(1).double() / 255 for n in "ab")
     expected = frechet_distance(real, fake)
-    for channels, result in zip((3, 3, 1), results):  # grey in three channels counts three times
+    for channels, result in zip((3, 3, 1, 1, 1), results):  # grey in three channels counts three times
         assert result["metrics"]["pixel_frechet"] == pytest.approx(channels * expected, rel=1e-5)
         assert result["metrics"]["pixel_kid"] == pytest.approx(results[0]["metrics"]["pixel_kid"], rel=1e-4)
         assert (result["protocol"]["reference"], result["protocol"]["samples"]) == ("100 of REAL", 60)
     for end, distance in (("a.npz", 0), ("b", 3 * expected)):  # grey against colour
-        assert compare(sides / "a.npy", sides / end, *options) is None
+        mixed = sides / "a.npy", sides / end, "--data-dir", sides / "data"
+        assert compare(*mixed, "--features", "pixels", "--json", file) is None
         found = json.loads(file.read_text())["metrics"]["pixel_frechet"]
         assert found == pytest.approx(distance, rel=1e-5, abs=1e-4)
 
@@ -888,18 +891,24 @@ def test_a_comparison_by_the_published_inception(tiny, tmp_path, capsys):
         (["digits", "nowhere.npy"], "FAKE nowhere.npy"),
         (["digits", "8gaussians"], "FAKE 8gaussians"),
         (["digits:test", "digits"], "REAL digits:test"),
-        (["digits", "bare", "--image-size", "8"], "FAKE bare is no folder"),
-        (["digits", "mixed"], "error: --image-size is None, but should be given: mixed is a folder"),
-        (["mixed", "digits", "--features", "inception", "--inception-weights", "no.pth"], "--image-size"),
-        (["digits", "broken", "--image-size", "8"], "FAKE broken"),
+        (["digits", "empty"], "FAKE empty"),
+        (
+            ["digits", "mixed"],
+            "error: --image-size is None, but should be given: the images of mixed have sides",
+        ),
+        (["digits", "mixed", "--features", "inception", "--inception-weights", "no.pth"], "sides of 8 to 9"),
+        (["digits", "broken"], "FAKE broken"),
         (["digits", "pickle.npy"], "FAKE pickle.npy"),
         (["digits", "flat.npy"], "(N, H, W, C)"),
         (["digits", "two.npz"], "(N, H, W, C)"),
-        (["digits", "floats.npy"], "its type is float64, but should be uint8"),
+        (["digits", "bright.npy"], "its values are from 255 to 255, but should be in [0, 1] or [-1, 1]"),
+        (["digits", "beyond.npy"], "its values are from -1.01 to 1, but should be in [0, 1] or [-1, 1]"),
         (["constant.npy", "digits"], "the median distance between real images is 0.0, but should be above 0"),
+        (["digits", "nan.npy"], "[-1, 1]"),
+        (["digits", "whole.npy"], "[-1, 1]"),
         (["digits", "large.npy"], "FAKE is 9 x 9"),
         (["digits", "few.npy"], "the number of images of FAKE is 5"),
-        (["bare", "digits", "--image-size", "8"], "no image below bare"),
+        (["digits", "bare"], "no image below bare"),
         (["digits", "digits", "--image-size", "0"], "--image-size is 0"),
         (["digits", "digits", "--eval-samples", "9"], "--eval-samples is 9"),
         (["digits", "digits", "--json", "nowhere/file.json"], "--json is nowhere/file.json"),
@@ -910,7 +919,7 @@ def test_a_comparison_by_the_published_inception(tiny, tmp_path, capsys):
 )
 def test_what_cannot_be_compared_is_one_line(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("bare", "mixed", "broken"):
+    for name in ("empty", "bare", "mixed", "broken"):
         (tmp_path / name).mkdir()
     for side in (8, 9):
         Image.new("L", (side, side)).save(tmp_path / "mixed" / f"{side}.png")
@@ -918,18 +927,40 @@ def test_what_cannot_be_compared_is_one_line(argv, message, tmp_path, monkeypatc
     np.save("pickle.npy", np.array([Malicious(os.mkdir, str(tmp_path / "was-here"))], dtype=object))
     np.save("flat.npy", np.zeros((20, 64), np.uint8))
     np.savez("two.npz", *[np.zeros((20, 8, 8, 1), np.uint8)] * 2)
-    np.save("floats.npy", np.full((20, 1, 8, 8), 0.5))
+    np.save("bright.npy", np.full((20, 1, 8, 8), 255.0))
+    np.save("beyond.npy", np.linspace(-1.01, 1, 20 * 64).reshape(20, 1, 8, 8))
     np.save("constant.npy", np.full((20, 1, 8, 8), 7, np.uint8))
+    np.save("nan.npy", np.full((20, 1, 8, 8), np.nan))
+    np.save("whole.npy", np.zeros((20, 1, 8, 8), np.int64))
     np.save("large.npy", np.zeros((20, 1, 9, 9), np.uint8))
     np.save("few.npy", np.zeros((5, 1, 8, 8), np.uint8))
-    files = lambda: {path for path in tmp_path.rglob("*.*") if path.suffix != ".lock"}  # noqa: E731
-    before = files()
+    before = {*tmp_path.rglob("*")}
     assert compare(*argv, *([] if "--features" in argv else ["--features", "pixels"])) == 2
     err = capsys.readouterr().err
     assert message in err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
-    assert files() == before  # nothing was written, and nothing in a file was run
+    assert {*tmp_path.rglob("*")} == before  # nothing was written, and nothing in a file was run
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(-3e-8, 1, "[0, 1]"), (0, 1 + 1e-6, "[0, 1]"), (-1 - 1e-6, 1 + 1e-6, "[-1, 1]"), (-0.5, 0.5, "[-1, 1]")],
+)
+def test_the_range_of_floats_is_said(low, high, said, sides, capsys):
+    """Values that leave [0, 1] or [-1, 1] by rounding are in it; the distance to the same images is 0."""
+    images = np.load(sides / "a.npy") / 255.0
+    np.save(sides / "floats.npy", images * (high - low) + low)
+    expected = images if said == "[0, 1]" else (images * (high - low) + low + 1) / 2
+    np.save(sides / "same.npy", (255 * expected).round().clip(0, 255).astype(np.uint8))
+    options = ["--features", "pixels", "--json", sides / "results.json"]
+    assert compare(sides / "same.npy", sides / "floats.npy", *options) is None
+    results = json.loads((sides / "results.json").read_text())
+    assert results["metrics"]["pixel_frechet"] == pytest.approx(0, abs=1e-5)
+    assert results["protocol"]["fake"] == f"{sides / 'floats.npy'} (floats in {said})"
+    assert f"(floats in {said})" in capsys.readouterr().out
+    assert results["protocol"]["real"] == f"{sides / 'same.npy'} (8 bits)"
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
@@ -939,7 +970,8 @@ def test_results_that_cannot_be_written_are_one_line(sides, capsys):
     assert compare(*arguments, "--json", "/dev/full") == 1
     out, err = capsys.readouterr()
     assert "pixel_frechet" in out
-    assert err == "error: [Errno 28] No space left on device\n"
+    assert err.startswith("error: --json /dev/full could not be written")
+    assert err.count("\n") == 1
 
 
 def test_printing_to_a_closed_pipe_is_an_end_without_a_traceback(sides):
@@ -957,7 +989,7 @@ def test_evaluation_under_a_default_type_of_float64(tiny, sides, monkeypatch):
     def found():
         metrics, pair = {}, (str(sides / "a.npy"), str(sides / "b.npy"))
         for features in ("pixels", "inception"):
-            options = dict(eval_features=features, data_dir=str(sides), ms_ssim=True, image_size=8)
+            options = dict(eval_features=features, data_dir=str(sides), ms_ssim=True)
             metrics |= evaluation.main(evaluation.Args(*pair, **options))
         return metrics
 

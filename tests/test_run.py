@@ -10,6 +10,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
-from test_scripts import ROOT, SCRIPTS, SMALL, checkpoint, same, train
+from test_scripts import ROOT, SCRIPTS, SMALL, checkpoint, curves, same, train
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -330,7 +332,13 @@ def test_any_name_of_a_folder_makes_a_name_of_a_run(name, tmp_path):
     assert json.loads((folder / "args.json").read_text())["dataset"] == dataset
 
 
-# --- what a disk, a pipe or another process does ---------------------------------------------------
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    with pytest.raises(run.BadInput, match=r"--runs-dir is '.*caf\\udce9', but should be a name in UTF-8"):
+        train("gmmn", runs=tmp_path / "caf\udce9")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- what a disk, a pipe, another process or a clock does ------------------------------------------
 
 
 def main(script, *options, monkeypatch):
@@ -432,17 +440,39 @@ def test_two_processes_do_not_write_to_one_run(tmp_path, monkeypatch, capsys):
     assert main("gmmn", "--resume", str(folder), "--total-steps", "2", monkeypatch=monkeypatch) == 0
 
 
-def test_a_run_folder_that_is_read_only_is_refused(tmp_path, monkeypatch):
+def test_eval_only_on_a_run_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     """A stub of the lock's opening, since root may write anywhere."""
-    folder = train("gmmn", "--total-steps", "1", "--eval-every", "0", runs=tmp_path)
+    folder = train("gmmn", "--total-steps", "1", "--eval-every", "1", runs=tmp_path)
+    first = json.loads((folder / "results.json").read_text())
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in folder.rglob("*"))
 
     def read_only(*args, **kwargs):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(FileLock, "acquire", read_only)
-    for options in (["--eval-only"], ["--total-steps", "2"]):
-        with pytest.raises(run.BadInput, match=r"cannot be written: .*Read-only"):
-            train("gmmn", "--resume", str(folder), *options, runs=tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    train("gmmn", "--resume", str(folder), "--eval-only", runs=tmp_path)
+    said = capsys.readouterr().out
+    assert f"warning: {folder} cannot be written ([Errno 30] Read-only file system)" in said
+    (place,) = tmp_path.glob(f"{folder.name}-*")
+    assert str(place) in said.splitlines()[-1]
+    again = json.loads((place / "results.json").read_text())
+    assert again["metrics"].items() >= first["metrics"].items()  # and copies
+    assert (place / "samples.npz").exists()
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
+    with pytest.raises(run.BadInput, match=r"cannot be written: .*Read-only"):
+        train("gmmn", "--resume", str(folder), "--total-steps", "2", runs=tmp_path)
+
+
+def test_a_clock_that_is_set_back_takes_no_point_from_the_curves(tmp_path, monkeypatch):
+    whole = train("gmmn", "--total-steps", "4", "--eval-every", "1", runs=tmp_path / "a")
+    part = train("gmmn", "--total-steps", "2", "--eval-every", "1", runs=tmp_path / "b")
+    for file in part.glob("events.*"):
+        file.rename(re.sub(r"tfevents\.\d+", f"tfevents.{int(time.time()) + 10**6:010}", str(file)))
+    train("gmmn", "--resume", str(part), "--total-steps", "3", runs=tmp_path / "b")
+    train("gmmn", "--resume", str(part), "--total-steps", "4", runs=tmp_path / "b")  # in the same second
+    assert len([*part.glob("events.*")]) == 3
+    assert curves(part) == curves(whole)
 
 
 # --- what is imported ------------------------------------------------------------------------------
