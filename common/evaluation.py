@@ -410,7 +410,10 @@ def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100, size: int = 1000) 
     replacement.
     """
     generator, n, d = torch.Generator().manual_seed(0), min(len(x), len(y)), x.shape[1]
-    size, values = min(size, n // 2), []
+    size, of_x, of_y = min(size, n // 2), [], []
+    for _ in range(subsets):
+        of_x.append(torch.randperm(len(x), generator=generator)[:size])
+        of_y.append(torch.randperm(len(y), generator=generator)[:size])
     # <x, y> + d = <x - c, y - c> + x_term + y_term. The first is small, and the rounding errors of its
     # float32 products average out; all else is float64.
     centre = x.mean(0)
@@ -418,31 +421,53 @@ def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100, size: int = 1000) 
     constant = (d - c @ c) / 2
     x_term = torch.cat([rows.double() @ c for rows in x.split(256)]) + constant
     y_term = torch.cat([rows.double() @ c for rows in y.split(256)]) + constant
-    for _ in range(subsets):
-        i = torch.randperm(len(x), generator=generator)[:size]
-        j = torch.randperm(len(y), generator=generator)[:size]
-        real, fake = x[i] - centre, y[j] - centre
-        within = cube_sum(real, real, x_term[i], x_term[i]) + cube_sum(fake, fake, y_term[j], y_term[j])
-        between = cube_sum(real, fake, x_term[i], y_term[j])
-        values.append(within / (size * (size - 1)) - 2 * between / size**2)
-    values = torch.stack(values) / d**3
+    if max(len(x), len(y)) <= subsets**0.5 * size:  # all pairs are no more than those of the subsets
+        everything = torch.ones(len(x), dtype=torch.bool), torch.ones(len(y), dtype=torch.bool)
+        in_x = torch.zeros(len(x), subsets, dtype=torch.float64).scatter_(0, torch.stack(of_x, 1), 1)
+        in_y = torch.zeros(len(y), subsets, dtype=torch.float64).scatter_(0, torch.stack(of_y, 1), 1)
+        groups = [(*everything, in_x, in_y)]
+    else:
+        whole = torch.ones(size, 1, dtype=torch.float64)
+        groups = [(i, j, whole, whole) for i, j in zip(of_x, of_y)]
+    values = []
+    for i, j, in_x, in_y in groups:
+        real, fake = (x[i] - centre, x_term[i], in_x), (y[j] - centre, y_term[j], in_y)
+        within = cube_sums(real, real) + cube_sums(fake, fake)
+        values.append(within / (size * (size - 1)) - 2 * cube_sums(real, fake) / size**2)
+    values = torch.cat(values) / d**3
     return values.mean().item(), values.std().item() * (size / (n - size) + 1 / subsets) ** 0.5
 
 
-def cube_sum(x: Tensor, y: Tensor, x_term: Tensor, y_term: Tensor) -> Tensor:
-    """Return sum_ij (<x_i, y_j> + x_term_i + y_term_j)^3 in float64, over i != j if y is x.
+def cube_sums(x: tuple[Tensor, Tensor, Tensor], y: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Return sum_ij (<x_i, y_j> + x_term_i + y_term_j)^3, for each subset over its pairs, (subsets,) float64.
 
-    x, y: points (n, d); x_term, y_term: float64 (n,).
+    x, y: points (n, d), terms (n,), and in which subsets each point is, (n, subsets) of 0 and 1. If y is x,
+    the sums are over i != j.
     """
-    # All by NumPy, whose rounding then cancels; of a matrix by itself it computes half.
-    products = torch.from_numpy(x.numpy() @ y.numpy().T)
-    total = torch.zeros((), dtype=torch.float64)
-    for part, term in zip(products.split(32), x_term.split(32)):  # as much as stays in a cache
-        k = part.double() + term[:, None] + y_term
-        total += (k**3).sum()
-    if y is x:
-        total -= ((products.diagonal().double() + 2 * x_term) ** 3).sum()
-    return total
+    (x, x_term, in_x), (y, y_term, in_y), same = x, y, y is x
+    sums = torch.zeros(in_x.shape[1], dtype=torch.float64)
+    for rows in slices(len(x), 1000):
+        for columns in slices(len(y), 1000):
+            diagonal = same and rows == columns
+            if same and columns.start < rows.start:
+                continue  # its mirror image counts twice
+            # All by NumPy, whose rounding then cancels; of a matrix by itself it computes half.
+            left = x[rows].numpy()
+            right = left if diagonal else y[columns].numpy()
+            products = torch.from_numpy(left @ right.T)
+            for part in slices(len(products), 32):  # as much as stays in a cache
+                k = products[part].double().add_(x_term[rows][part, None]).add_(y_term[columns])
+                k = (k * k).mul_(k)
+                if diagonal:
+                    k[:, part].fill_diagonal_(0)
+                part_sums = ((k @ in_y[columns]) * in_x[rows][part]).sum(0)
+                sums += part_sums if diagonal or not same else 2 * part_sums
+    return sums
+
+
+def slices(n: int, size: int) -> list[slice]:
+    """Return 0 to n in parts of size and a rest."""
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def ms_ssim(images: Tensor) -> Tensor:
