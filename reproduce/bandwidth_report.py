@@ -216,7 +216,7 @@ def draw(results: dict, args: Args) -> None:
 
 def draw_samples(results: dict, args: Args) -> None:
     """Draw Figures 2 and 3, samples of the first epoch and of the end, if the run folders are here."""
-    figure, axes = pyplot.subplots(len(results), 2, figsize=(11, 1.7 * len(results)), squeeze=False)
+    figure, axes = pyplot.subplots(len(results), 2, figsize=(11, 0.6 + 1.8 * len(results)), squeeze=False)
     for row, key in zip(axes, results):
         drawn = sorted(Path(args.runs_dir, NAME, key).glob("*/samples/*.png"))
         if len(drawn) < 2:
