@@ -127,7 +127,8 @@ def draw(results: dict, args: Args) -> None:
         others.set(title="largest of the layers after it", xlabel="generator updates")
         bars.set(title="Frechet distance of pixels")
         bars.set_xticks(range(len(found)), [model.replace(" ", "\n") for model in found], fontsize=8)
-        first.legend()
+        first.margins(y=0.25)  # room for the legend
+        first.legend(ncols=2, fontsize=8)
     caption = """
     Condition numbers of the critic's layers through training, as matrices (c_out, rest), and the Frechet
     distance of pixels at the end; dashed: real images. Seed 1. The poster's figure has layer 1 of the first
