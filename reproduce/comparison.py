@@ -280,21 +280,19 @@ def run_all(data_set: str, methods: list[str], seed: int, args: training.Args, r
         found["seconds"] = measure(data_set, methods, args, updates + 5, rounds)
         training.write_results(path, results)
     for name in methods:
-        key, method = f"{name}, seed {seed}", METHODS[name]
-        if key in found["runs"]:
-            continue
+        method = METHODS[name]
+        made = found["runs"].setdefault(f"{name}, seed {seed}", {})
         settings = arguments(method, data_set, seed, args.data_dir)
-        steps = {"updates": UPDATES[data_set]}
         second = found["seconds"][name]
+        steps = {"updates": UPDATES[data_set]}
         steps["time"] = training.updates_within(SECONDS[data_set], second, method.script, settings)
         if args.quick:
             steps = {"updates": 2, "time": 3}
         folder = Path(args.runs_dir, NAME, data_set, f"{name}-{seed}")
-        made = {}
         for table in sorted(steps, key=steps.get):  # the longer one goes on from the shorter one
-            made[table] = train(method, settings, steps[table], folder)
-        found["runs"][key] = made
-        training.write_results(path, results)
+            if table not in made:
+                made[table] = train(method, settings, steps[table], folder)
+                training.write_results(path, results)
 
 
 # --- what is shown ---------------------------------------------------------------------------------
@@ -327,7 +325,8 @@ def real_images(data_set: str, runs: dict) -> dict[str, float]:
     if data_set in datasets.TOYS:
         real = datasets.draw_toy(data_set, evaluation.TOY_SAMPLES, seed=12345)
         return evaluation.toy_metrics(data_set, real)
-    protocol = next(made["time"]["protocol"] for made in runs.values() if "protocol" in made["time"])
+    protocols = [made["updates"].get("protocol") for made in runs.values() if "updates" in made]
+    protocol = next(found for found in protocols if found)
     return {
         name.removeprefix("floor "): value
         for name, value in protocol.items()
@@ -341,7 +340,8 @@ def table(data_set: str, which: str, found: dict) -> list[str]:
     lines = [f"| | {' | '.join(shown.values())} | updates | updates per second | diverged |"]
     lines.append("|---" * (len(shown) + 4) + "|")
     for name in METHODS:
-        made = [runs[which] for key, runs in found["runs"].items() if key.startswith(f"{name}, ")]
+        seeds = [runs for key, runs in found["runs"].items() if key.startswith(f"{name}, ")]
+        made = [runs[which] for runs in seeds if which in runs]
         if not made:
             continue
         good = [run["metrics"] for run in made if not run["diverged"]]

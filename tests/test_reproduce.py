@@ -175,6 +175,16 @@ def test_comparison_has_one_pair_of_networks(name, tmp_path):
             assert hidden == wanted[data_set]
 
 
+def test_comparison_that_was_killed_between_its_tables_goes_on(tmp_path):
+    args = comparison.Args(quick=True, folder=str(tmp_path / "docs"), runs_dir=str(tmp_path / "runs"))
+    whole = comparison.main(args)
+    file = tmp_path / "docs" / "comparison.json"
+    results = json.loads(file.read_text())
+    del results["8gaussians"]["runs"]["GMMN, seed 1"]["time"]
+    file.write_text(json.dumps(results))
+    assert comparison.main(args) == whole
+
+
 def test_equal_times_count_work():
     args = smmd_gan.Args(dataset="digits")  # 10 critic updates for each of the first 20, then 5
     resolved = smmd_gan.resolve(args)
