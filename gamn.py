@@ -450,7 +450,7 @@ def train(args: Args) -> dict[str, float]:
                 real_feat, fake_feat = critic(real), critic(fake)
             reg = regularization(critic, real, fake.float(), args)
             real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
-            k_xx, k_xy, k_yy = kernels.shifted_gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
+            k_xx, k_xy, k_yy = kernels.gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
             mmd = kernels.sqrt_mmd(k_xx, k_xy, k_yy)
             c_loss = critic_loss(mmd, reg, args.lambda_reg)
             c_optimizer.zero_grad()
@@ -468,12 +468,12 @@ def train(args: Args) -> dict[str, float]:
                 real_feat = critic(real)
             fake_feat = critic(fake)
         real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
-        k_xx, k_xy, k_yy = kernels.shifted_gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
+        k_xx, k_xy, k_yy = kernels.gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
         mmd = kernels.sqrt_mmd(k_xx, k_xy, k_yy)
         data_mmd = 0.0
         if args.data_mmd_weight:
             samples = kernels.gather(real.flatten(1)), kernels.gather(fake.float().flatten(1))
-            data_mmd = kernels.sqrt_mmd(*kernels.shifted_gram_blocks(*samples, args.kernel, args.bandwidths))
+            data_mmd = kernels.sqrt_mmd(*kernels.gram_blocks(*samples, args.kernel, args.bandwidths))
         g_loss = generator_loss(mmd, data_mmd, args.data_mmd_weight)
         g_optimizer.zero_grad()
         g_loss.backward(inputs=list(generator.parameters()))
@@ -492,8 +492,7 @@ def train(args: Args) -> dict[str, float]:
             scalars = {"losses/critic": c_loss, "losses/generator": g_loss}
             scalars |= {"losses/mmd": mmd, "losses/regularization": reg}
             scalars |= {"losses/data_mmd": data_mmd} if args.data_mmd_weight else {}
-            at_zero = kernels.value_at_zero(args.kernel, args.bandwidths)
-            scalars |= kernels.block_means(k_xx, k_xy, k_yy, at_zero)
+            scalars |= kernels.block_means(k_xx, k_xy, k_yy)
             scalars |= {"charts/steps_per_second": (step - begin_step) / (time.time() - begin)}
             run.write_scalars(writer, scalars, step)
         if last_or_every(args.sample_every):

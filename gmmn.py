@@ -618,10 +618,9 @@ def train(args: Args) -> dict[str, float]:
         if last_or_every(args.log_every):
             finite.check()
             with torch.no_grad():
-                blocks = kernels.shifted_gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
+                blocks = kernels.gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
             scalars = {"losses/generator": g_loss, "charts/learning_rate": rate}
-            at_zero = kernels.value_at_zero(args.kernel, args.bandwidths)
-            scalars |= kernels.block_means(*blocks, at_zero)
+            scalars |= kernels.block_means(*blocks)
             scalars |= {"charts/steps_per_second": (step - begin_step) / (time.time() - begin)}
             run.write_scalars(writer, scalars, step)
         if last_or_every(args.sample_every):

@@ -268,7 +268,7 @@ def make_networks(args: Args, shape: tuple[int, ...], device: torch.device) -> t
 def gram_matrices(x: Tensor, y: Tensor, bandwidths: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Return k_xx (S, n, n), k_xy (S, n, m) and k_yy (S, m, m) in float64, a matrix for each of S bandwidths,
     of real x (n, d) and fake y (m, d)."""
-    d2_xx, d2_xy, d2_yy = kernels.squared_distance_blocks(x.double(), y.double())
+    d2_xx, d2_xy, d2_yy = kernels.squared_distance_blocks(x, y)
     k_xx = torch.stack([kernels.rbf(d2_xx, (sigma,)) for sigma in bandwidths])
     k_xy = torch.stack([kernels.rbf(d2_xy, (sigma,)) for sigma in bandwidths])
     k_yy = torch.stack([kernels.rbf(d2_yy, (sigma,)) for sigma in bandwidths])
@@ -336,7 +336,7 @@ def losses(real_feat: Tensor, fake_feat: Tensor, args: Args) -> tuple[Tensor, Te
     else:
         c_loss = critic_loss(ratio, args.positivity, args.positivity_weight)
     g_loss = mmd2 if args.as_coded is None else kernels.safe_sqrt(mmd2)  # Deviations 1 and 2
-    logged = kernels.block_means(*gram, at_zero=0.0)
+    logged = kernels.block_means(*gram)
     logged |= {"losses/pearson_divergence": pearson_divergence(ratio), "losses/mmd2": mmd2}
     return c_loss, g_loss, logged
 

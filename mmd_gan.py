@@ -49,8 +49,8 @@ Deviations from the paper [L] and from the authors' code [C]:
      5e-5, sigma 1. RMSprop is [C]'s; [S] says that all else is as for GRAM-nets, which have Adam. Not given
      is the decoder: ours is as wide as the critic. [S] trains 4,000 epochs; 10,000 steps without bursts are
      ours. Figure 7 (b) varies --width and --feature-dim with --critic-width 100.
-  9. M^2 is summed as k - k(0), which is the same but for rounding: right to about 1e-6, where [C]'s sums of k
-     err as said above.
+  9. M^2 and the Gram matrices are float64, which is the same but for rounding: [C]'s float32 errs as said
+     above.
 
 Usage:
     python mmd_gan.py
@@ -494,7 +494,7 @@ def train(args: Args) -> dict[str, float]:
                 real_feat, fake_feat = critic(real), critic(fake)
                 ae_loss = autoencoder_loss(critic.decoder, real, real_feat, fake, fake_feat, args)
             real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
-            k_xx, k_xy, k_yy = kernels.shifted_gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
+            k_xx, k_xy, k_yy = kernels.gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
             mmd = kernels.sqrt_mmd(k_xx, k_xy, k_yy)
             hinge = rank_hinge(real_feat, fake_feat)
             c_loss = critic_loss(mmd, hinge, ae_loss, args.lambda_rank, args.lambda_ae)
@@ -514,7 +514,7 @@ def train(args: Args) -> dict[str, float]:
                 real_feat = critic(real)
             fake_feat = critic(fake)
         real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
-        k_xx, k_xy, k_yy = kernels.shifted_gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
+        k_xx, k_xy, k_yy = kernels.gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
         mmd = kernels.sqrt_mmd(k_xx, k_xy, k_yy)
         hinge = rank_hinge(real_feat, fake_feat)
         g_loss = generator_loss(mmd, hinge, args.lambda_rank)
@@ -532,8 +532,7 @@ def train(args: Args) -> dict[str, float]:
             scalars = {"losses/critic": c_loss, "losses/generator": g_loss}
             scalars |= {"losses/mmd": mmd, "losses/rank_hinge": hinge, "losses/critic_mmd2": critic_mmd2}
             scalars |= {"losses/autoencoder": ae_loss} if args.lambda_ae > 0 else {}
-            at_zero = kernels.value_at_zero(args.kernel, args.bandwidths)
-            scalars |= kernels.block_means(k_xx, k_xy, k_yy, at_zero)
+            scalars |= kernels.block_means(k_xx, k_xy, k_yy)
             scalars |= {"charts/steps_per_second": (step - begin_step) / (time.time() - begin)}
             run.write_scalars(writer, scalars, step)
         if last_or_every(args.sample_every):

@@ -333,7 +333,7 @@ def critic_loss(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor, lam: float) -> Tensor:
     mean_xx = kernels.off_diagonal_mean(k_xx)
     mean_xy = kernels.off_diagonal_mean(k_xy)
     mean_yy = kernels.off_diagonal_mean(k_yy)
-    return (lam * mean_xx - (lam - 1) * mean_xy - mean_yy).to(k_xx.dtype)
+    return lam * mean_xx - (lam - 1) * mean_xy - mean_yy
 
 
 def penalised(c_loss: Tensor, real_feat: Tensor, real: Tensor, lambda_gp: float) -> Tensor:
@@ -358,12 +358,12 @@ def losses(real_feat: Tensor, fake_feat: Tensor, args: Args) -> tuple[Tensor, Te
         return F.softplus(-real_feat).mean() + F.softplus(fake_feat).mean(), F.softplus(-fake_feat).mean(), {}
     kernel = args.kernel.removesuffix("-b")
     d2 = kernels.squared_distance_blocks(real_feat, fake_feat)
-    k_xx, k_xy, k_yy = [kernels.shifted(block, kernel, args.bandwidths) for block in d2]
+    k_xx, k_xy, k_yy = [kernels.RADIAL[kernel](block, args.bandwidths) for block in d2]
     g_loss = generator_loss(k_xx, k_xy, k_yy)
-    logged = kernels.block_means(k_xx, k_xy, k_yy, kernels.value_at_zero(kernel, args.bandwidths))
+    logged = kernels.block_means(k_xx, k_xy, k_yy)
     if args.kernel == "rbf-b":  # the critic's kernel alone: the generator keeps a true MMD
         bounds = bounded(*d2, args.lam)
-        k_xx, k_xy, k_yy = [kernels.shifted(block, kernel, args.bandwidths) for block in bounds]
+        k_xx, k_xy, k_yy = [kernels.RADIAL[kernel](block, args.bandwidths) for block in bounds]
     return critic_loss(k_xx, k_xy, k_yy, args.lam), g_loss, logged
 
 

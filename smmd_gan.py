@@ -499,10 +499,11 @@ def kernel_energy(feat2: Tensor, norm2: Tensor, kernel: str, bandwidths: tuple[f
 
 
 def squared_mmd(k_xx: Tensor, k_xy: Tensor, k_yy: Tensor, args: Args) -> Tensor:
-    """Return the unbiased estimate of MMD^2, which may be negative, for Gram matrices (n, n) less k(0)."""
+    """Return the unbiased estimate of MMD^2, which may be negative, for Gram matrices (n, n)."""
     mmd2 = kernels.mmd2(k_xx, k_xy, k_yy, "unbiased")  # Deviation 2, of the kernel distance
     if args.as_coded and args.kernel == "rq-linear":  # Deviation 4
-        left = (k_xx.trace() + k_yy.trace()) / len(k_xx)  # ||phi||^2: the constant is k(0), which is off
+        diagonals = (k_xx.trace() + k_yy.trace()) / len(k_xx)
+        left = diagonals - 2 * len(args.bandwidths)  # ||phi||^2: the constant taken off is that of rq alone
         mmd2 = mmd2 + left / (len(k_xx) - 1)
     return mmd2
 
@@ -670,6 +671,13 @@ class KidSchedule:
         self.failures = state["failures"]
 
 
+def may_change(args: Args) -> set[str]:
+    """Return the arguments that may differ when a run goes on: none that a KID schedule counts on."""
+    if args.lr_schedule == "kid" and not args.eval_only:
+        return run.MAY_CHANGE - KID_ARGS
+    return run.MAY_CHANGE
+
+
 def follow_kid(
     schedule: KidSchedule,
     evaluator: evaluation.Evaluator,
@@ -714,10 +722,7 @@ def train(args: Args) -> dict[str, float]:
     if args.ema_decay:
         models["ema"] = copy.deepcopy(generator)
     models["lr_schedule"] = schedule = KidSchedule(0.8, args.eval_features)  # Deviation 9
-    may_change = run.MAY_CHANGE
-    if args.lr_schedule == "kid" and not args.eval_only:
-        may_change = may_change - KID_ARGS
-    step = run.load_checkpoint(args, SCRIPT, models, may_change)  # 0 without --resume
+    step = run.load_checkpoint(args, SCRIPT, models, may_change(args))  # 0 without --resume
     if args.compile:
         generator.compile()
         critic.compile(disable=args.constraint != "none")  # its gradient is differentiated again
@@ -799,7 +804,7 @@ def train(args: Args) -> dict[str, float]:
             real_feat, fake_feat = real_out[-1], fake_out[-1]
             scale = distance_scale(real_feat.float(), real, args, create_graph=True)
             real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
-            k_xx, k_xy, k_yy = kernels.shifted_gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
+            k_xx, k_xy, k_yy = kernels.gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
             distance = critic_distance(real_feat, fake_feat, k_xx, k_xy, k_yy, args)
             c_loss = critic_loss(distance, scale)
             if args.constraint == "gradient-penalty":
@@ -821,7 +826,7 @@ def train(args: Args) -> dict[str, float]:
                 real_feat, fake_feat = critic(real.requires_grad_())[-1], critic(fake)[-1]
         scale = distance_scale(real_feat.float(), real, args, create_graph=False)  # no function of fake
         real_feat, fake_feat = kernels.gather(real_feat.float()), kernels.gather(fake_feat.float())
-        k_xx, k_xy, k_yy = kernels.shifted_gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
+        k_xx, k_xy, k_yy = kernels.gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
         distance = critic_distance(real_feat, fake_feat, k_xx, k_xy, k_yy, args)
         g_loss = generator_loss(distance, scale)
         g_optimizer.zero_grad()
@@ -839,8 +844,7 @@ def train(args: Args) -> dict[str, float]:
             scalars = {"losses/critic": c_loss, "losses/generator": g_loss}
             rate = g_optimizer.param_groups[0]["lr"]
             scalars |= {"losses/distance": distance, "losses/scale": scale, "charts/learning_rate": rate}
-            at_zero = kernels.value_at_zero(args.kernel, args.bandwidths)
-            scalars |= kernels.block_means(k_xx, k_xy, k_yy, at_zero)
+            scalars |= kernels.block_means(k_xx, k_xy, k_yy)
             scalars |= condition_numbers(critic) if args.log_condition_numbers else {}
             scalars |= {"charts/steps_per_second": (step - begin_step) / (time.time() - begin)}
             run.write_scalars(writer, scalars, step)

@@ -9,7 +9,8 @@ images. It plans a Laplacian kernel, from which it expects "less smooth results 
 
 Here M^2 of every critic batch is summed three times from the same features: exactly, in float64; in float32
 as the authors' code does, which rounds; and exactly with the first list of sigmas, the same for all runs. So
-rounding and unit are told from training, which has none of that rounding (k - k(0), as the script has it).
+rounding and unit are told from training, which has none of that rounding (the script's Gram matrices are
+float64).
 
     first, end     M^2 of the last critic batch, before the first generator update; mean of the last 100
     roughness      rms of M^2 of the last critic batch about its moving mean over 25 updates, relative to that
@@ -60,12 +61,12 @@ METRICS = ("pixel_mmd", "pixel_frechet")
 
 def exact_mmd2(real: Tensor, fake: Tensor, kernel: str, bandwidths: tuple[float, ...]) -> float:
     """Return the biased MMD^2 of features (n, d) in float64."""
-    blocks = kernels.shifted_gram_blocks(real.double(), fake.double(), kernel, bandwidths)
+    blocks = kernels.gram_blocks(real, fake, kernel, bandwidths)
     return kernels.mmd2(*blocks, "biased").item()
 
 
 def rounded_mmd2(real: Tensor, fake: Tensor, kernel: str, bandwidths: tuple[float, ...]) -> float:
-    """Return the same of float32 features as the authors' code does: k and not k - k(0), all in float32."""
+    """Return the same of float32 features as the authors' code does: all in float32."""
     z = torch.cat([real, fake])
     products = z @ z.T
     norms = products.diagonal()
@@ -78,7 +79,7 @@ def rounded_mmd2(real: Tensor, fake: Tensor, kernel: str, bandwidths: tuple[floa
 def every_batch() -> Iterator[None]:
     """Add to the points of a run's curves what M^2 was in the critic batches since the point before."""
     exact, rounded, first_list = [], [], []
-    gram_blocks, write_scalars = kernels.shifted_gram_blocks, run.write_scalars
+    gram_blocks, write_scalars = kernels.gram_blocks, run.write_scalars
 
     def watch(real_feat: Tensor, fake_feat: Tensor, kernel: str, bandwidths: tuple[float, ...]):
         if real_feat.requires_grad:  # the critic's update; for the generator's real features are constants
@@ -102,7 +103,7 @@ def every_batch() -> Iterator[None]:
             first_list.clear()
         write_scalars(writer, scalars, step)
 
-    watched = mock.patch.object(kernels, "shifted_gram_blocks", watch)
+    watched = mock.patch.object(kernels, "gram_blocks", watch)
     with watched, mock.patch.object(run, "write_scalars", write):
         yield
 

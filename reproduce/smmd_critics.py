@@ -118,7 +118,7 @@ def results(quick: bool) -> list[Row]:
     # The best critic in the scaled ball is the MMD's, of norm sigma_k.
     at = x.clone().requires_grad_()
     witness = mmd_critic(at, x, y)
-    norm2 = kernels.mmd2(*kernels.shifted_gram_blocks(x, y, "rbf", (1.0,)), "biased")
+    norm2 = kernels.mmd2(*kernels.gram_blocks(x, y, "rbf", (1.0,)), "biased")
     (slope,) = torch.autograd.grad(witness.sum(), at)
     steepness = (slope.square().mean() * scale2(x) / norm2).item()
     rows.append(

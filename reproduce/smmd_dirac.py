@@ -33,7 +33,7 @@ def losses(theta: Tensor, psi: Tensor, args: smmd_gan.Args) -> tuple[Tensor, Ten
     real = torch.zeros(1, 1, dtype=torch.float64, requires_grad=True)
     fake = theta.view(1, 1)
     real_feat, fake_feat = psi * real, psi * fake
-    gram = kernels.shifted_gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
+    gram = kernels.gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
     mmd2 = kernels.mmd2(*gram, "biased")  # of single points: there is no pair but with itself
     scale = smmd_gan.distance_scale(real_feat, real, args, create_graph=True)
     c_loss = smmd_gan.critic_loss(mmd2, scale)

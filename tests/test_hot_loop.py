@@ -186,7 +186,8 @@ def simultaneous(g, c):
 
 
 NEEDED = {
-    "gmmn": lambda g, c, d: g.forward + g.forward + g.inner,
+    # And of the loss, which here is one of 8x8 pixels, the three blocks of products.
+    "gmmn": lambda g, c, d: g.forward + g.forward + g.inner + 3 * 2 * BATCH**2 * 64,
     "gamn --n-critic 2 --regularizer l2": lambda g, c, d: alternating(g, c, 2),
     # In each update of the critic the decoder has two passes, whose gradient goes on to the encoder.
     "mmd_gan --warmup-critic 2": lambda g, c, d: alternating(g, c, 2) + 2 * 2 * 3 * d.forward,

@@ -133,7 +133,7 @@ def test_gram_blocks_do_not_feel_autocast(name):
     with torch.autocast("cpu", torch.bfloat16):
         inside = gram_blocks(x, y, name, KERNELS[name])
     for a, b in zip(outside, inside):
-        assert a.dtype == b.dtype == torch.float32
+        assert a.dtype == b.dtype == torch.float64
         assert torch.equal(a, b)
 
 
@@ -491,7 +491,7 @@ def test_fused_mmd2_is_accurate(name, bandwidths, case, n, m):
     x, y = x.requires_grad_(), y.requires_grad_()
     value = fused_mmd2(x, y, name, bandwidths, "biased")
     got = torch.cat(torch.autograd.grad(value, (x, y)))
-    assert got.dtype == value.dtype == torch.float32
+    assert got.dtype == torch.float32
     # Duplicates: 5.1e-6 on an AMD EPYC without AVX-512, whose sums have another order.
     bound = {"close pairs": 1e-4, "duplicates": 2e-5}.get(case, 5e-6)
     assert relative_error(got, gradient) <= bound
@@ -499,77 +499,70 @@ def test_fused_mmd2_is_accurate(name, bandwidths, case, n, m):
     assert value.item() == pytest.approx(reference.item(), abs=2e-7 * len(bandwidths))
 
 
+def close_features(n, d, noise, spread):
+    """Pairs of float32 features near to 0: independent ones, or real ones and copies with some noise."""
+    x = randn(n, d, seed=1) * spread / d**0.5
+    y = randn(n, d, seed=2) * spread / d**0.5
+    if noise is not None:
+        y = x + noise * y
+    return x.float().requires_grad_(), y.float().requires_grad_()
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.parametrize("name", ["rbf", "rq", "laplacian"])
 @pytest.mark.parametrize(("n", "d"), [(64, 10), (64, 16), (256, 10), (1000, 784)])
 def test_small_mmd2_keeps_its_digits_in_float32(n, d, name, count, fused):
-    """Biased MMD^2 and its gradient to 1e-4 of float64, where k is within 1e-2 of k(0), MMD^2 above 1e-7."""
+    """Biased MMD^2 and its gradient to 1e-4 of float64, where k is within 1e-2 of k(0), MMD^2 above 1e-7.
+
+    Of 64 near copies a side the fused value is a little further off: its products are float32.
+    """
+    bound = 3e-4 if fused and n == 64 else 1e-4
     bandwidths = (1, 2, 4, 8, 16) if name == "rbf" else (0.2, 0.5, 1, 2, 5)
-    for spread in (0.1, 0.01):
-        scale = spread / d**0.5 if name != "laplacian" else 0.1 * spread**2 / d**0.5
-        x, y = randn(n, d, seed=1) * scale, randn(n, d, seed=2) * scale
-        x, y = x.float().requires_grad_(), y.float().requires_grad_()
-        x64, y64 = x.detach().double().requires_grad_(), y.detach().double().requires_grad_()
-        blocks = gram_blocks(x64, y64, name, bandwidths[:count])
-        reference = mmd2(*blocks, "biased")
-        assert count - blocks[1].mean().item() <= 1.05e-2 * count
-        assert reference >= 1e-7
-        if fused:
-            value = fused_mmd2(x, y, name, bandwidths[:count], "biased")
-        else:
-            value = mmd2(*kernels.shifted_gram_blocks(x, y, name, bandwidths[:count]), "biased")
-        assert value.dtype == torch.float32
-        assert value.item() == pytest.approx(reference.item(), rel=1e-4)
-        expected = torch.cat(torch.autograd.grad(reference, (x64, y64)))
-        got = torch.cat(torch.autograd.grad(value, (x, y)))
-        assert relative_error(got, expected) <= 1e-4
+    seen = 0
+    for noise in (None, 0.3, 0.03):
+        for spread in (0.09, 0.03):
+            x, y = close_features(n, d, noise, spread if name != "laplacian" else 0.1 * spread**2)
+            x64, y64 = x.detach().double().requires_grad_(), y.detach().double().requires_grad_()
+            z = torch.cat([x64, y64])
+            # Differences, not products, but for the largest, where they would take 10 GB.
+            d2 = (z[:, None] - z[None]).square().sum(2) if n < 1000 else squared_distances(z, z)
+            k = kernels.RADIAL[name](d2, bandwidths[:count])
+            reference = mmd2(k[:n, :n], k[:n, n:], k[n:, n:], "biased")
+            if reference < 1e-7:
+                continue
+            seen += 1
+            assert count - k[:n, n:].mean().item() <= 1.05e-2 * count
+            if fused:
+                value = fused_mmd2(x, y, name, bandwidths[:count], "biased")
+            else:
+                value = mmd2(*gram_blocks(x, y, name, bandwidths[:count]), "biased")
+            expected = torch.cat(torch.autograd.grad(reference, (x64, y64)))
+            got = torch.cat(torch.autograd.grad(value, (x, y)))
+            assert got.dtype == torch.float32
+            assert value.item() == pytest.approx(reference.item(), rel=bound)
+            assert relative_error(got, expected) <= 1e-4
+    assert seen >= 3
 
 
-def test_values_of_k_would_not_keep_them():
-    """What the shifted kernels are for: the same estimate from values of k in float32 is off by a tenth."""
-    x, y = 1e-3 * randn(64, 10, seed=1), 1e-3 * randn(64, 10, seed=2)
+def test_float32_would_not_keep_them():
+    """What float64 is for: the same estimate from values of k in float32 is off by a tenth."""
+    x, y = close_features(64, 10, None, 3e-3)
     exact = mmd2(*gram_blocks(x, y, "rbf", (1, 2, 4, 8, 16)), "biased").item()
-    x, y = x.float(), y.float()
-    plain = mmd2(*gram_blocks(x, y, "rbf", (1, 2, 4, 8, 16)), "biased").item()
-    assert abs(plain / exact - 1) > 1e-2
-    shifted = mmd2(*kernels.shifted_gram_blocks(x, y, "rbf", (1, 2, 4, 8, 16)), "biased").item()
-    assert shifted == pytest.approx(exact, rel=1e-5)
+    d2 = [squared_distances(a, b) for a, b in ((x, x), (x, y), (y, y))]
+    rounded = mmd2(*[kernels.rbf(block, (1, 2, 4, 8, 16)) for block in d2], "biased").item()
+    assert abs(rounded / exact - 1) > 1e-2
 
 
-@pytest.mark.parametrize("name", [*sorted(kernels.RADIAL), "linear"])
-def test_shifted_gram_blocks_are_values_less_the_value_at_zero(name):
+@pytest.mark.parametrize("name", sorted([*kernels.RADIAL, "linear"]))
+def test_curves_are_means_without_diagonals(name):
     x, y = randn(7, 3, seed=1), randn(5, 3, seed=2) + 1
-    bandwidths = KERNELS[name]
-    at_zero = kernels.value_at_zero(name, bandwidths)
-    assert at_zero == (0 if name in ("distance", "linear") else len(bandwidths))
-    values, shifted = gram_blocks(x, y, name, bandwidths), kernels.shifted_gram_blocks(x, y, name, bandwidths)
-    for k, less in zip(values, shifted):
-        torch.testing.assert_close(less + at_zero, k)
-    means = kernels.block_means(*shifted, at_zero)
+    blocks = gram_blocks(x, y, name, KERNELS[name])
+    means = kernels.block_means(*blocks)
     off = ~torch.eye(7, dtype=torch.bool)
-    assert means["kernel/k_xx"].item() == pytest.approx(values[0][off].mean().item())
-    assert means["kernel/k_xy"].item() == pytest.approx(values[1].mean().item())
-    assert means["kernel/k_yy"].item() == pytest.approx(values[2][off[:5, :5]].mean().item())
-
-
-def test_a_kernel_of_ones_own_is_shifted_too(monkeypatch):
-    monkeypatch.setitem(kernels.RADIAL, "mine", lambda d2, bandwidths: sum(s / (1 + d2) for s in bandwidths))
-    x, y = randn(6, 2, seed=1), randn(6, 2, seed=2)
-    assert kernels.value_at_zero("mine", (2.0, 3.0)) == 5
-    values, shifted = (f(x, y, "mine", (2.0, 3.0)) for f in (gram_blocks, kernels.shifted_gram_blocks))
-    torch.testing.assert_close(shifted[1] + 5, values[1])
-    assert mmd2(*shifted, "unbiased").item() == pytest.approx(mmd2(*values, "unbiased").item())
-
-
-def test_derivatives_of_shifted_kernels_are_those_of_the_kernels():
-    """Also where k is tiny, in float32: the derivative of expm1 as PyTorch makes it is rounding there."""
-    d2 = torch.tensor([0.0, 1e-6, 0.1, 1.0, 3.0, 20.0, 60.0])
-    for name in kernels.SHIFTED:
-        a, b = d2.clone().requires_grad_(), d2.clone().requires_grad_()
-        kernels.RADIAL[name](a, (0.7, 1.0)).sum().backward()
-        kernels.SHIFTED[name](b, (0.7, 1.0)).sum().backward()
-        torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=0)
+    assert means["kernel/k_xx"].item() == pytest.approx(blocks[0][off].mean().item())
+    assert means["kernel/k_xy"].item() == pytest.approx(blocks[1].mean().item())
+    assert means["kernel/k_yy"].item() == pytest.approx(blocks[2][off[:5, :5]].mean().item())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -582,7 +575,7 @@ def test_fused_mmd2_promotes_half_and_does_not_feel_autocast(name, tiles, dtype,
     with torch.autocast("cpu", torch.bfloat16):
         inside = fused_mmd2(x, y, name, FUSED[name], "unbiased")
     gradients = [torch.cat(torch.autograd.grad(value, (x, y))) for value in (outside, inside)]
-    assert outside.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert outside.dtype == torch.float64
     assert torch.equal(outside, inside)
     assert gradients[0].dtype == dtype
     assert torch.equal(*gradients)
@@ -596,7 +589,7 @@ def test_fused_mmd2_of_far_points_and_of_what_is_not_finite(name, tiles, monkeyp
     far = fused_mmd2(x.requires_grad_(), y, name, FUSED[name], "biased")
     (gradient,) = torch.autograd.grad(far, x)
     assert far.item() == pytest.approx(2 * len(FUSED[name]) / 8, rel=0.1)  # the diagonals alone
-    assert (gradient == 0).all() if name == "rbf" else gradient.isfinite().all()
+    assert gradient.abs().max() < 1e-20 if name == "rbf" else gradient.isfinite().all()
     again = fused_mmd2(x, x.detach().clone(), name, FUSED[name], "biased")  # rounded d2 below 0 among pairs
     assert -1e-3 <= again.item() <= 2 * len(FUSED[name]) / 8 + 1e-3
     assert torch.autograd.grad(again, x)[0].isfinite().all()
@@ -670,7 +663,8 @@ def test_tiles_are_visited_once_and_sides_without_gradient_not_multiplied(both, 
     monkeypatch.setattr(kernels, "TILE", 100)
     x, y = randn(200, 3, seed=1).requires_grad_(both), randn(200, 3, seed=2).requires_grad_()
     counter = operations(x, y, "rbf", (1.0,))
-    assert counter.names.count("addmm_") == 10 + products
+    assert counter.names.count("mm") == 10
+    assert counter.names.count("addmm_") == products
     assert counter.largest == 100 * 100  # neither n x n nor n x n x scales
 
 
@@ -683,7 +677,7 @@ def test_tiles_are_visited_once_and_sides_without_gradient_not_multiplied(both, 
 def test_ladders_of_bandwidths_are_doubled(bandwidths, exponentials, monkeypatch):
     monkeypatch.setattr(kernels, "TILE", 100)
     x, y = randn(20, 3, seed=1).requires_grad_(), randn(20, 3, seed=2).requires_grad_()
-    assert operations(x, y, "rbf", bandwidths).names.count("expm1") == 3 * exponentials
+    assert operations(x, y, "rbf", bandwidths).names.count("exp_") == 3 * exponentials
 
 
 # --- properties ----------------------------------------------------------------------------------

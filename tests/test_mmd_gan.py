@@ -107,7 +107,7 @@ def test_identical_batches_send_no_nan():
 def test_default_kernels_and_critic_loss_of_one_step(tmp_path, monkeypatch, kernel, bandwidths, function):
     """What train hands to the losses, from the features it has made: first critic update of step 1."""
     seen = {}
-    gram_blocks, critic_loss = kernels.shifted_gram_blocks, script.critic_loss
+    gram_blocks, critic_loss = kernels.gram_blocks, script.critic_loss
 
     def spy_blocks(x, y, *args):
         seen.setdefault("features", (x.detach(), y.detach(), args))
@@ -117,7 +117,7 @@ def test_default_kernels_and_critic_loss_of_one_step(tmp_path, monkeypatch, kern
         seen.setdefault("terms", (mmd.item(), hinge.item(), *args))
         return critic_loss(mmd, hinge, *args)
 
-    monkeypatch.setattr(kernels, "shifted_gram_blocks", spy_blocks)
+    monkeypatch.setattr(kernels, "gram_blocks", spy_blocks)
     monkeypatch.setattr(script, "critic_loss", spy_loss)
     train(tmp_path, dataset="digits", kernel=kernel, total_steps=1, batch_size=8, lambda_rank=16.0)
     x, y, (name, values) = seen["features"]

@@ -349,7 +349,7 @@ def test_kernels(theirs):
     for data in "abc":
         x, y = theirs.variable(f"{data}_x"), theirs.variable(f"{data}_y")
         for name, (kernel, bandwidths) in MIXTURES.items():
-            gram = kernels.shifted_gram_blocks(x, y, kernel, bandwidths)
+            gram = kernels.gram_blocks(x, y, kernel, bandwidths)
             for estimator in ("unbiased", "biased"):
                 if kernel == "rq-linear" and estimator == "unbiased":
                     continue  # test_rq_linear_as_coded
@@ -366,7 +366,7 @@ def test_rq_linear_as_coded(theirs):
         x, y = theirs.variable(f"{data}_x"), theirs.variable(f"{data}_y")
         for name in ("rq1dot", "rq5dot"):
             args = smmd_gan.Args(kernel="rq-linear", bandwidths=MIXTURES[name][1], as_coded=True)
-            gram = kernels.shifted_gram_blocks(x, y, args.kernel, args.bandwidths)
+            gram = kernels.gram_blocks(x, y, args.kernel, args.bandwidths)
             coded = smmd_gan.squared_mmd(*gram, args)
             theirs.compare_with_gradients(f"{data}_{name}_unbiased", coded, x=x, y=y)
             if name == "rq1dot":
@@ -384,7 +384,7 @@ def test_distance_kernel(theirs):
     for data in "abc":
         x, y = theirs.variable(f"{data}_x"), theirs.variable(f"{data}_y")
         with_e = [-(d2 + e).sqrt() for d2 in kernels.squared_distance_blocks(x, y)]
-        without = kernels.shifted_gram_blocks(x, y, "distance", ())
+        without = kernels.gram_blocks(x, y, "distance", ())
         for estimator in ("unbiased", "biased"):
             key = f"{data}_distance_{estimator}"
             theirs.compare_with_gradients(key, kernels.mmd2(*with_e, estimator), x=x, y=y)
@@ -434,7 +434,7 @@ def test_scaled_mmd(theirs):
         if case == "swgan1":
             distance = real_feat.mean() - fake_feat.mean()
         else:
-            gram = kernels.shifted_gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
+            gram = kernels.gram_blocks(real_feat, fake_feat, args.kernel, args.bandwidths)
             distance = kernels.mmd2(*gram, "unbiased")
         factor = scale if case == "swgan1" else scale2
         theirs.compare_with_gradients(f"{case}_cri", smmd_gan.critic_loss(distance, factor), **parameters)
@@ -488,7 +488,7 @@ def test_gradient_penalty_of_smmd(theirs):
             penalty = smmd_gan.gradient_penalty(m, m_feat, real_out[-1], fake_out[-1], args)
             penalty = whole if flat else penalty
             activation = smmd_gan.activation_penalty(real_out, fake_out)
-            gram = kernels.shifted_gram_blocks(real_out[-1], fake_out[-1], kernel, args.bandwidths)
+            gram = kernels.gram_blocks(real_out[-1], fake_out[-1], kernel, args.bandwidths)
             distance = smmd_gan.squared_mmd(*gram, args)
             c_loss = smmd_gan.critic_loss(distance, 1.0) + penalty + activation
 
@@ -568,7 +568,7 @@ def test_mmd_gan_losses(theirs):
     sigma = (1.0, 2.0, 4.0, 8.0, 16.0)
     for data, bound in (("a", 1e-9), ("b", 1e-9), ("c", 1e-8)):
         x, y = theirs.variable(f"{data}_x"), theirs.variable(f"{data}_y")
-        gram = kernels.shifted_gram_blocks(x, y, "rbf", sigma)
+        gram = kernels.gram_blocks(x, y, "rbf", sigma)
         for estimator in ("biased", "unbiased"):
             key = f"{data}_mmd2_{estimator}"
             theirs.compare_with_gradients(key, kernels.mmd2(*gram, estimator), bound, x=x, y=y)
@@ -651,7 +651,7 @@ def test_gmmn_loss(theirs):
         x, y = theirs.tensor(f"{name}_x"), theirs.variable(f"{name}_y")
         sigma = tuple(variance**0.5 for variance in theirs.list(f"{name}_variances"))
         fused = gmmn.generator_loss(x, y, "rbf", sigma)
-        plain = kernels.sqrt_mmd(*kernels.shifted_gram_blocks(x, y, "rbf", sigma))
+        plain = kernels.sqrt_mmd(*kernels.gram_blocks(x, y, "rbf", sigma))
         for loss in (fused, plain):
             theirs.compare(f"{name}_loss", loss)
             theirs.compare(f"{name}_gy", torch.autograd.grad(loss, y)[0])
