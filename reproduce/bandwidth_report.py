@@ -184,7 +184,8 @@ def measure(curves: dict[str, Tensor], settled: int) -> dict:
 
 def draw(results: dict, args: Args) -> None:
     """Draw Figure 4, with and without rounding, and the distances in pixels."""
-    rates = [rate for rate in RATES if any(key.endswith(f", rate {rate:g}") for key in results)]
+    run_rates = {key.split(", rate ")[1] for key in results}
+    rates = [rate for rate in RATES if f"{rate:g}" in run_rates]
     figure, axes = pyplot.subplots(len(rates), 3, figsize=(16, 4.5 * len(rates)), squeeze=False)
     for (own, common, pixels), rate in zip(axes, rates):
         for i, name in enumerate(KERNELS):

@@ -345,7 +345,10 @@ def table(data_set: str, which: str, found: dict) -> list[str]:
         if not made:
             continue
         good = [run["metrics"] for run in made if not run["diverged"]]
-        cells = [spread([metrics[metric] for metrics in good]) if good else "-" for metric in shown]
+        cells = []
+        for metric in shown:
+            values = [metrics[metric] for metrics in good]
+            cells.append(spread(values) if values else "-")
         rate = found["runs"][f"{name}, seed 1"]["time"]["steps"] / SECONDS[data_set]
         lines.append(
             f"| {name} | {' | '.join(cells)} | {made[0]['steps']:,} | {rate:.3g} | {len(made) - len(good)} |"

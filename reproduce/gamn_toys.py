@@ -101,7 +101,10 @@ def main(args: Args) -> list[Row]:
     toys, seeds, methods, variants = TOYS, SEEDS, METHODS, VARIANTS
     if args.quick:
         toys, seeds, methods, variants = ("8gaussians",), (1,), {"GMMN": METHODS["GMMN"]}, {}
-    runs = [(name, toy, *methods[name]) for toy in toys for name in methods]
+    runs = []
+    for toy in toys:
+        for name, (script, own) in methods.items():
+            runs.append((name, toy, script, own))
     runs += [(name, "8gaussians", gamn, own) for name, own in variants.items()]
     path = Path(args.folder, f"{NAME}.json")
     results = training.read_results(path)

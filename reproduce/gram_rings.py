@@ -113,7 +113,10 @@ def main(args: Args) -> list[Row]:
     path = Path(args.folder, f"{NAME}.json")
     results = training.read_results(path)
     rows = []
-    for title in list(TRAININGS)[: 1 if args.quick else None]:
+    titles = list(TRAININGS)
+    if args.quick:
+        titles = titles[:1]
+    for title in titles:
         metrics, points, folder = train(title, args)
         results[title] = metrics
         training.write_results(path, results)
