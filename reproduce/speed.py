@@ -22,6 +22,8 @@ import os
 import platform
 import queue
 import resource
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -346,6 +348,73 @@ def measure_evaluation(tiny: bool) -> None:
     print_ratio(f"statistics of {n} x {d}: torch-fidelity / ours", seconds["theirs"], seconds["ours"], ">= 1")
 
 
+def measure_pixels(tiny: bool, folder: str) -> None:
+    """python -m common.evaluation with the pixels of two small sets of noise."""
+    n = 20 if tiny else 1000
+    names = []
+    for i in range(2):
+        pixels = np.random.default_rng(i).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+        names.append(str(Path(folder, f"{i}.npy")))
+        np.save(names[-1], pixels)
+    start = time.process_time()
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.main(evaluation.Args(*names, eval_features="pixels", device="cpu", data_dir=folder))
+    seconds = time.process_time() - start
+    print_row(f"distances of pixels, {n} + {n} of 3x32x32: CPU", "", f"{seconds:.2f} s", seconds, "<= 5")
+
+
+# --- processes -------------------------------------------------------------------------------------
+
+
+def run_command(command: str, status: int = 0) -> None:
+    """Run python with these words on one thread in the project's folder; RuntimeError: it fails to end so."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parent.parent
+    words = [sys.executable, *command.split()]
+    done = subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True)
+    if done.returncode != status:
+        raise RuntimeError(f"python {command} ended with {done.returncode}: {done.stderr}")
+
+
+def measure_start(folder: str) -> None:
+    """CPU time of a script that says its help, that refuses a flag, and that makes one step on digits."""
+    one_step = "--total-steps 1 --eval-every 0 --sample-every 0 --device cpu"
+    for what, options, status, goal in (
+        ("--help", "--help", 0, "<= 3"),
+        ("a bad flag", "--no-such-flag", 2, "<= 3"),
+        ("one step", one_step, 0, "<= 6"),
+    ):
+        begin = cpu_of_all()
+        run_command(f"mmd_gan_repulsive.py {options} --runs-dir {folder}", status)
+        seconds = cpu_of_all() - begin
+        print_row(f"mmd_gan_repulsive, digits: start to {what}, CPU", "", f"{seconds:.2f} s", seconds, goal)
+
+
+def measure_processes(tiny: bool, folder: str) -> None:
+    """Updates on digits by one process and by two under gloo, of one thread each, wall clock.
+
+    A short run is taken from a long one, so that the start is in neither. What two processes take beyond
+    half of one's time is communication, and waiting for the slower one. Needs two free cores.
+    """
+    short, long = (1, 2) if tiny else (5, 85)
+    options = (
+        f"--batch-size 128 --eval-every 0 --sample-every 0 --save-every 0 --device cpu --runs-dir {folder}"
+    )
+    seconds = {}
+    for processes in (1, 2):
+        walls = []
+        for steps in (short, long):
+            launch = f"-m torch.distributed.run --nproc-per-node {processes}"
+            begin = time.perf_counter()
+            run_command(f"{launch} mmd_gan_repulsive.py --total-steps {steps} {options}")
+            walls.append(time.perf_counter() - begin)
+        seconds[processes] = (walls[1] - walls[0]) / (long - short)
+    efficiency = seconds[1] / 2 / seconds[2]
+    times = f"{1e3 * seconds[1]:.4g} / {1e3 * seconds[2]:.4g} ms"
+    what = "mmd_gan_repulsive, digits, batch 128: half of one process / two under gloo, wall"
+    print_row(what, times, f"{efficiency:.2f}", efficiency, ">= 0.7")
+
+
 # --- steps -----------------------------------------------------------------------------------------
 
 
@@ -570,10 +639,13 @@ def main(args: Args) -> None:
     measure_data(rounds, args.tiny)
     measure_evaluation(args.tiny)
     with tempfile.TemporaryDirectory() as folder:
+        measure_pixels(args.tiny, folder)
         measure_conversion(args.tiny, folder)
         measure_peers(few, args.tiny, folder)
         measure_bf16(few, args.tiny, folder)
         measure_steps(args.tiny, folder)
+        measure_start(folder)
+        measure_processes(args.tiny, folder)
     measure_growth(args)
 
 

@@ -26,6 +26,7 @@ def missing(printed, scripts):
         "2 workers",
         "KID",
         "statistics",
+        "distances of pixels",
         "JPEGs",
         "the authors'",
         "simultaneous",
@@ -37,6 +38,8 @@ def missing(printed, scripts):
 
 def test_it_runs_and_prints_every_row(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(speed, "SCRIPTS", ("gmmn", "gram_net"))
+    for of_processes in ("measure_start", "measure_processes"):  # seconds each: in the slow test below
+        monkeypatch.setattr(speed, of_processes, lambda *args: None)
     speed.main(speed.Args(tiny=True, folder=str(tmp_path)))
     printed = capsys.readouterr().out
     assert missing(printed, speed.SCRIPTS) == []
@@ -50,6 +53,13 @@ def test_the_command(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert missing(done.stdout, speed.SCRIPTS) == []
+    for what in ("--help", "a bad flag", "one step", "under gloo"):
+        assert what in done.stdout
+
+
+def test_a_command_that_fails_is_not_timed():
+    with pytest.raises(RuntimeError, match="ended with 2"):
+        speed.run_command("-c exit(2)")
 
 
 def test_counter_counts_bytes_that_live_and_operations_that_are_no_views():
