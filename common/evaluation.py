@@ -332,7 +332,7 @@ def pixels(images: Tensor) -> tuple[Tensor]:
 
 
 class Statistics:
-    """Mean and covariance, in float64, of features of which no more are kept than they have dimensions."""
+    """Mean and covariance, in float64, of features of which no more are kept than twice their dimensions."""
 
     def __init__(self) -> None:
         self.n, self.kept = 0, []
@@ -340,25 +340,29 @@ class Statistics:
     def add(self, features: Tensor) -> None:
         """Take in features (n, d)."""
         self.kept.append(features)
-        if sum(map(len, self.kept)) > features.shape[1]:
+        if sum(map(len, self.kept)) > 2 * features.shape[1]:
             self.fold()
 
     def fold(self) -> None:
         """Put what is kept into the running mean and sums of products (Chan et al. 1979)."""
         x, self.kept = torch.cat(self.kept).double(), []
+        n, mean = len(x), x.mean(0)
+        x = x.sub_(mean).numpy()
+        products = torch.from_numpy(x.T @ x)  # of which NumPy, as it is symmetric, computes half
         if self.n == 0:
-            self.mean, self.products = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1], x.shape[1])
-        mean, n = x.mean(0), self.n + len(x)
-        shift, x = mean - self.mean, x.sub_(mean).numpy()
-        self.products += torch.from_numpy(x.T @ x)  # of which NumPy, as it is symmetric, computes half
-        self.products.addr_(shift, shift, alpha=self.n * len(x) / n)
-        self.mean, self.n = self.mean + shift * (len(x) / n), n
+            self.n, self.mean, self.products = n, mean, products
+            return
+        shift, total = mean - self.mean, self.n + n
+        self.products += products
+        self.products.addr_(shift, shift, alpha=self.n * n / total)
+        self.n, self.mean = total, self.mean + shift * (n / total)
 
     def result(self) -> dict[str, Tensor]:
         """Return mean (d,) and unbiased covariance (d, d), or, of n <= d features, its root (n, d)."""
-        if self.n == 0:
+        kept = sum(map(len, self.kept))
+        if self.n == 0 and kept <= self.kept[0].shape[1]:
             x = torch.cat(self.kept).double()
-            return {"mean": x.mean(0), "root": (x - x.mean(0)) / math.sqrt(len(x) - 1)}
+            return {"mean": x.mean(0), "root": (x - x.mean(0)) / math.sqrt(kept - 1)}
         if self.kept:
             self.fold()
         return {"mean": self.mean, "covariance": self.products / (self.n - 1)}

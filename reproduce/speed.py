@@ -412,7 +412,7 @@ def measure_processes(tiny: bool, folder: str) -> None:
     efficiency = seconds[1] / 2 / seconds[2]
     times = f"{1e3 * seconds[1]:.4g} / {1e3 * seconds[2]:.4g} ms"
     what = "mmd_gan_repulsive, digits, batch 128: half of one process / two under gloo, wall"
-    print_row(what, times, f"{efficiency:.2f}", efficiency, ">= 0.7")
+    print_row(what, times, f"{efficiency:.2f}", efficiency, ">= 0.5")
 
 
 # --- steps -----------------------------------------------------------------------------------------
