@@ -595,6 +595,11 @@ def critic_steps(step: int, args: Args) -> int:
     return args.warmup_critic if step <= 20 or step % 500 == 1 else args.n_critic  # Deviation 14
 
 
+def cubic_kernel(x: Tensor, y: Tensor) -> Tensor:
+    """Return KID's (<x, y> / d + 1)^3, (n, m), of features (n, d) and (m, d)."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
 def kernel_sums(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
     """Return what a three-sample test needs of features (n, d): small enough to be kept for later tests.
 
@@ -604,8 +609,8 @@ def kernel_sums(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
     """
     n = len(real)
     real, fake = real.double(), fake.double()
-    k_xy = evaluation.cubic_kernel(real, fake)
-    k_yy = evaluation.cubic_kernel(fake, fake).fill_diagonal_(0)
+    k_xy = cubic_kernel(real, fake)
+    k_yy = cubic_kernel(fake, fake).fill_diagonal_(0)
     by_real = k_xy.mean(1)  # of each real with all fake
     by_fake = k_xy.mean(0)  # of each fake with all real
     within = k_yy.sum(1) / (n - 1)  # of each fake with all other fake

@@ -399,13 +399,8 @@ def matrix_root(covariance: Tensor) -> Tensor:
     return w.clamp_min(0).sqrt()[:, None] * v.T
 
 
-def cubic_kernel(x: Tensor, y: Tensor) -> Tensor:
-    """Return KID's (<x, y> / d + 1)^3, (n, m), of features (n, d) and (m, d)."""
-    return (x @ y.T / x.shape[1] + 1) ** 3
-
-
 def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100, size: int = 1000) -> tuple[float, float]:
-    """Return KID, the unbiased MMD^2 with cubic_kernel, and its standard error.
+    """Return KID, the unbiased MMD^2 with the kernel (<x, y> / d + 1)^3, and its standard error.
 
     KID is the mean over random subsets. The error is the delete-d jackknife's, which scales their spread by
     size / (n - size) for what sampling n images does, plus 1 / subsets for what drawing subsets does.
