@@ -300,7 +300,7 @@ def load_images(name: str, data_dir: str, image_size: int | None, split: str) ->
 
 def _read(name: str, data_dir: Path, split: str) -> Tensor:
     if name == "digits":
-        # The file that scikit-learn brings, without importing it, which takes as long as importing PyTorch.
+        # scikit-learn's file, without importing it, which takes nearly as long as importing PyTorch.
         (sklearn,) = importlib.util.find_spec("sklearn").submodule_search_locations
         rows = np.loadtxt(Path(sklearn, "datasets", "data", "digits.csv.gz"), np.float64, delimiter=",")
         images = torch.from_numpy(rows[:, :64]).view(-1, 1, 8, 8)  # 17 grey levels, 0 to 16; then the label
